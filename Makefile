@@ -1,0 +1,49 @@
+# make         set up, train stages 0-3, print the table (about an hour on 2 cores; CUDA is used when there is one)
+# make test    set up, run the tests            make smoke   every stage and the evaluation at miniature size, a few minutes
+# make clean   remove what was trained          OUT=out/big  write somewhere else
+# A stage is a file target: a finished one is not run again, a killed one resumes where it left off.
+
+OUT    ?= out
+PYTHON ?= python3
+PY     := .venv/bin/python
+DONE   := model.safetensors
+
+all: $(OUT)/eval.json
+	@cat $(OUT)/eval.txt
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=python3.12'"
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(OUT)/stage0/$(DONE): | .venv/installed
+	$(PY) stage0_model.py --out $(OUT)/stage0 $(STAGE0)
+
+$(OUT)/stage1/$(DONE): $(OUT)/stage0/$(DONE)
+	$(PY) stage1_zero.py --init $(OUT)/stage0 --out $(OUT)/stage1 $(STAGE1)
+
+$(OUT)/stage2/$(DONE): $(OUT)/stage1/$(DONE)
+	$(PY) stage2_beta.py --init $(OUT)/stage1 --out $(OUT)/stage2 $(STAGE2)
+
+$(OUT)/stage3/$(DONE): $(OUT)/stage2/$(DONE)
+	$(PY) stage3_papo.py --init $(OUT)/stage2 --out $(OUT)/stage3 $(STAGE3)
+
+$(OUT)/eval.json: $(OUT)/stage3/$(DONE)
+	$(PY) eval.py $(OUT)/stage0 $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 --out $(OUT) $(EVAL)
+
+test: .venv/installed
+	$(PY) -m pytest -q tests
+
+smoke:
+	$(MAKE) OUT=out/smoke \
+	  STAGE0="--steps 60 --batch-tokens 4096 --hidden-size 64 --layers 2 --measure 8" \
+	  STAGE1="--steps 2 --prompts 3 --group-size 4 --max-new-tokens 96 --max-rounds 1" \
+	  STAGE2="--problems 8 --samples 2 --max-new-tokens 96 --keep-wrong" \
+	  STAGE3="--steps 2 --prompts 3 --group-size 4 --max-new-tokens 160" \
+	  EVAL="--n 6 --max-new-tokens 160 --timed 1"
+
+clean:
+	rm -rf out
+
+.PHONY: all test smoke clean

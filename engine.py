@@ -1,0 +1,727 @@
+"""The NPR Engine: a decoder that really forks and joins the KV cache, and the layout that training shares with it.
+
+In : a model (stage0_model.Qwen3), its tokenizer, prompts as token ids.      Out: Rollouts (ids, layout, log-probabilities).
+
+Everything parallel in this project derives from three integers per token, a function of the token ids alone (`layout`):
+
+    token     ..  g  | <step> 1: </step> | <step> 2: b  c </step> | <takeaway> ..        g = </guideline>
+    group     0   0  |   1    1    1     |   1    1  1  1    1    |     0      0
+    branch    0   0  |   1    1    1     |   2    2  2  2    2    |     0      0
+    position  5   6  |   7    8    9     |   7    8  9 10   11    |    12     13
+    step 2 sees:  .. g and itself, never step 1.      <takeaway> sees everything.
+
+A token sees what came before it, except its siblings: tokens of the same group (block) and another branch.
+
+    python engine.py --init out/stage3 "12 18 2 make 28?"        # decode one question, print the trajectory
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from stage0_model import FORMAT_PROMPT, UserError, load, pad_rows, pick_device, prompt_ids, run_main, visible_mask
+
+# ======================================================================================================================
+# 1. The layout
+# ======================================================================================================================
+
+TAGS = ("<guideline>", "</guideline>", "<plan>", "</plan>", "<step>", "</step>", "<takeaway>", "</takeaway>")
+
+# The grammar of a trajectory: (state, tag) -> next state.  The state is named after where the reader stands.
+# 'fork' is right after </guideline>, 'between' right after a </step>.  A pair that is not listed is a violation.
+GRAMMAR = {
+    ("text", "<guideline>"): "guideline",
+    ("guideline", "<plan>"): "plan",
+    ("plan", "</plan>"): "guideline",
+    ("guideline", "</guideline>"): "fork",
+    ("fork", "<step>"): "step",
+    ("step", "</step>"): "between",
+    ("step", "<step>"): "step",  # only in a response cut off while its branches were running: the next branch begins
+    ("between", "<step>"): "step",
+    ("between", "<takeaway>"): "takeaway",
+    ("takeaway", "</takeaway>"): "text",
+}
+
+
+class MalformedTrajectory(ValueError):
+    """The tags do not form blocks.  `index` is the token at which the grammar breaks."""
+
+    def __init__(self, index, message):
+        super().__init__(f"token {index}: {message}")
+        self.index = index
+
+
+@dataclass
+class Layout:
+    """group, branch, position of every token: integer arrays (T,), or tensors (B, T) for a padded batch."""
+
+    group: np.ndarray
+    branch: np.ndarray
+    position: np.ndarray
+
+    def __len__(self):
+        return len(self.group)
+
+
+def layout(ids, tag_ids, prompt_len=0):
+    """The three integers of every token (D3).  O(len(ids)) in time and memory.
+
+    ids: T token ids; tag_ids: {tag: token id}; prompt_len: that many leading tokens are prompt, plain trunk even where they
+    quote tags.  A response cut off anywhere has a layout: an unclosed branch ends where the next `<step>` begins.
+    Raises MalformedTrajectory at a tag the grammar does not allow, unless the response (or, inside a block, the branch) was
+    cut off right there.
+
+    With g = <guideline>, /g = </guideline>, s, /s, t for step and takeaway:
+    ids [g /g s x /s s y z /s t] -> group [0 0 1 1 1 2-> 1 1 1 1 0], branch [0 0 1 1 1 2 2 2 2 0], position [0 1 2 3 4 2 3 4 5 6]
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    n, tag_of = len(ids), {i: tag for tag, i in tag_ids.items()}
+    group, branch, position = (np.zeros(n, dtype=np.int32) for _ in range(3))
+    marks = np.flatnonzero(np.isin(ids, list(tag_of)))
+    state, block, k = "text", 0, 0
+    at = 0  # tokens before this index are laid out
+    trunk = 0  # position of the next trunk token
+    start = 0  # position of every branch's first token in the current block
+
+    def lay_branch(end):  # tokens at..end are branch k of the current block
+        nonlocal at, trunk
+        group[at:end], branch[at:end], position[at:end] = block, k, np.arange(start, start + end - at)
+        trunk, at = max(trunk, start + end - at), end
+
+    def lay_trunk(end):
+        nonlocal at, trunk
+        position[at:end] = np.arange(trunk, trunk + end - at)
+        trunk, at = trunk + end - at, end
+
+    for i in marks[marks >= prompt_len].tolist():
+        tag = tag_of[int(ids[i])]
+        if (state, tag) not in GRAMMAR:
+            if i == n - 1 or (state == "step" and ids[i + 1] == tag_ids["<step>"]):
+                continue  # the violation that ended this response, or this branch
+            raise MalformedTrajectory(i, f"{tag} is not allowed here (state: {state})")
+        if tag == "</guideline>":
+            lay_trunk(i + 1)
+            block, k, start = block + 1, 0, trunk
+        elif tag == "<step>":
+            if state == "step":  # the branch before was cut off
+                lay_branch(i)
+            k += 1  # its span began right after the previous </step> or </guideline>, separators included
+        elif tag == "</step>":
+            lay_branch(i + 1)
+        state = GRAMMAR[state, tag]
+    lay_branch(n) if state == "step" else lay_trunk(n)
+    return Layout(group, branch, position)
+
+
+def visible(layout):
+    """(T, T) bool, True = row's token sees column's token.  The definition, for tests and pictures; nothing decodes with it."""
+    return visible_mask(torch.as_tensor(layout.group)[None], torch.as_tensor(layout.branch)[None])[0].numpy()
+
+
+def tag_token_ids(tokenizer):
+    """{tag: token id}.  Raises UserError when a tag is not a single token: the tokenizer has not been through stage 2."""
+    ids = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in TAGS}
+    missing = [tag for tag, i in ids.items() if i is None or i == tokenizer.unk_token_id]
+    if missing:
+        raise UserError(f"the tokenizer has no {missing[0]} token: parallel mode needs a checkpoint from stage 2 or 3")
+    return ids
+
+
+# ======================================================================================================================
+# 2. Teacher forcing: the training side of the layout
+# ======================================================================================================================
+
+
+@dataclass
+class Sequence:
+    """A prompt and a response to train on or to score.  layout is of the response alone; None: plain causal text."""
+
+    prompt: list
+    ids: list
+    layout: Layout | None = None
+
+
+def batches(sequences, max_tokens, device="cpu", pad=0):
+    """Cut sequences into padded batches of at most max_tokens (at least one row each), similar lengths together.
+
+    Yields (rows, ids, layout, mask): rows lists indices into `sequences`; ids (B, T) int64; layout with (B, T) tensors; mask
+    (B, T) bool, True on response tokens.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].ids))
+    while order:
+        length = len(sequences[order[-1]].prompt) + len(sequences[order[-1]].ids)  # longest first: memory peaks at once
+        rows = order[-max(1, max_tokens // length) :]
+        del order[-len(rows) :]
+        chosen = [sequences[i] for i in rows]
+        ids = pad_rows([s.prompt + list(s.ids) for s in chosen], pad)  # (B, T)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        integers = torch.zeros(3, *ids.shape, dtype=torch.long)
+        integers[2] = torch.arange(ids.shape[1])
+        for b, s in enumerate(chosen):
+            P, n = len(s.prompt), len(s.ids)
+            mask[b, P : P + n] = True
+            if s.layout is not None:
+                integers[0, b, P : P + n] = torch.as_tensor(s.layout.group)
+                integers[1, b, P : P + n] = torch.as_tensor(s.layout.branch)
+                integers[2, b, P : P + n] = P + torch.as_tensor(s.layout.position)
+        yield rows, ids.to(device), Layout(*integers.to(device)), mask.to(device)
+
+
+def token_logprobs(model, ids, layout=None):
+    """Log-probability of every token given its predecessor, and the entropy it was drawn from.
+
+    ids (B, T) -> two (B, T) fp32 tensors; entry t is of ids[:, t], column 0 is zero.  A branch's first token follows the last one
+    of its sibling in this order, so its entry means nothing; the engine forces that token, so no loss or sample ever uses it.
+    """
+    logits = model(ids, layout)[:, :-1].float()  # (B, T-1, V)
+    log_p = logits.log_softmax(-1)  # (B, T-1, V)
+    chosen = log_p.gather(-1, ids[:, 1:, None])[..., 0]  # (B, T-1)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(-1)  # (B, T-1)
+    return F.pad(chosen, (1, 0)), F.pad(entropy, (1, 0))
+
+
+# ======================================================================================================================
+# 3. KV memory: one row per request, prompt, trunk and all branches in order of arrival
+# ======================================================================================================================
+# A fork copies nothing: it adds query tokens to the row.  A join recomputes nothing: the trunk's next token sees every slot.
+#
+#     row r, slot     0 .. 6 |  7    8   9    10   11   12  |   13       14        15   16  |    17
+#     token           ..   g | <s>  1:  <s>   2:    a    b  | </step>     c    </step>   |  <takeaway>
+#     branch          0    0 |  1    1   2    2     1    2  |    1        2         2    |     0
+
+
+class KVMemory:
+    """A fixed pool of kv_tokens slots, cut into rows of equal capacity; the cut moves when a row needs more.
+
+    Two arrangements were considered: rows (this one) and pages of 32 slots with a table per request.  Rows let the attention
+    read memory as it lies; pages need a gather of every row's keys and values in every layer of every step, which on a CPU costs
+    about as much as the attention itself.  Rows pay with padding up to the longest request.
+    """
+
+    def __init__(self, config, kv_tokens, device, dtype):
+        self.config, self.kv_tokens = config, kv_tokens
+        heads, width = config.num_key_value_heads, config.head_dim
+        # zeros, not empty: a masked slot has weight 0, and 0 * NaN garbage would still be NaN
+        self.pool = torch.zeros(config.num_hidden_layers, 2, kv_tokens * heads * width, device=device, dtype=dtype)
+        self.bytes_per_token = 2 * config.num_hidden_layers * heads * width * self.pool.element_size()
+        self.moved_bytes = 0
+        self.cut(0, 0)
+
+    def cut(self, rows, capacity):
+        """See the pool as (layers, 2, rows, H_kv, capacity, D)."""
+        self.rows, self.capacity = rows, capacity
+        heads, width = self.config.num_key_value_heads, self.config.head_dim
+        self.view = self.pool[..., : rows * heads * capacity * width].unflatten(-1, (rows, heads, capacity, width))
+        self.slot_group = torch.zeros(rows, capacity, dtype=torch.int32, device=self.pool.device)
+        self.slot_branch = torch.zeros_like(self.slot_group)
+
+    def recut(self, rows, capacity, requests):
+        """Cut anew and move the rows in use (requests[r] lies in row r); larger rows move last row first, in place."""
+        old, old_group, old_branch = self.view, self.slot_group, self.slot_branch
+        grow = capacity > self.capacity
+        self.cut(rows, capacity)
+        for r in sorted(range(len(requests)), reverse=grow):
+            n = requests[r].fed
+            self.view[:, :, r, :, :n] = old[:, :, r, :, :n].clone()
+            self.slot_group[r, :n], self.slot_branch[r, :n] = old_group[r, :n], old_branch[r, :n]
+            self.moved_bytes += n * self.bytes_per_token
+
+    def copy_row(self, source, target, n):
+        """The first n slots of one row to another: to share a prompt, or to close the gap a finished request leaves."""
+        self.view[:, :, target, :, :n] = self.view[:, :, source, :, :n]
+        self.slot_group[target, :n], self.slot_branch[target, :n] = self.slot_group[source, :n], self.slot_branch[source, :n]
+        self.moved_bytes += n * self.bytes_per_token
+
+    def aim(self, row, slot, group, branch, col=None):
+        """Say where the N tokens of the coming forward go.  row, slot, group, branch, col (N,): col is a token's place among its
+        row's tokens of this call.  Decoding reads every row up to its longest use; prefill (col None) starts rows afresh."""
+        self.row, self.slot, self.col = row, slot, col
+        self.slot_group[row, slot], self.slot_branch[row, slot] = group.int(), branch.int()
+        if col is None:
+            return
+        R, Q, S = int(row.max()) + 1, int(col.max()) + 1, int(slot.max()) + 1
+        self.shape = R, Q, S
+        place = torch.zeros(3, R, Q, dtype=torch.long, device=row.device)  # padding queries look at slot 0 and are thrown away
+        place[:, row, col] = torch.stack([slot, group.long(), branch.long()])
+        q_slot, q_group, q_branch = place[..., None]  # (R, Q, 1)
+        sees = torch.arange(S, device=row.device) <= q_slot  # (R, Q, S)
+        if bool(group.any()):
+            k_group, k_branch = self.slot_group[:R, None, :S], self.slot_branch[:R, None, :S]  # (R, 1, S)
+            sees &= ~((q_group == k_group) & (q_group != 0) & (q_branch != k_branch))
+        # query heads that share a key/value head become further queries, so keys and values are read once for all of them
+        repeat = self.config.num_attention_heads // self.config.num_key_value_heads
+        bias = torch.zeros(R, Q, S, dtype=self.pool.dtype, device=row.device).masked_fill_(~sees, float("-inf"))
+        self.bias = bias[:, None, None].expand(R, 1, repeat, Q, S).reshape(R, 1, repeat * Q, S)
+
+    def attend(self, layer, q, k, v):
+        """Store k, v (B, H_kv, T, D), attend with q (B, H, T, D) -> (B, H, T, D).  Decoding: B = 1 and T = N packed tokens."""
+        keys, values = self.view[layer]  # (R_max, H_kv, S_max, D) each
+        if self.col is None:  # prefill: nothing earlier lies in these rows, so attention stays within the call
+            B, H, T, D = q.shape
+            keys[self.row, :, self.slot] = k.transpose(1, 2)[self.valid]  # (N, H_kv, D)
+            values[self.row, :, self.slot] = v.transpose(1, 2)[self.valid]
+            k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
+        keys[self.row, :, self.slot] = k[0].transpose(0, 1)  # (N, H_kv, D)
+        values[self.row, :, self.slot] = v[0].transpose(0, 1)
+        (R, Q, S), (_, H, N, D), heads = self.shape, q.shape, k.shape[1]
+        padded = q.new_zeros(R, Q, H, D)
+        padded[self.row, self.col] = q[0].transpose(0, 1)
+        padded = padded.view(R, Q, heads, H // heads, D).permute(0, 2, 3, 1, 4).reshape(R, heads, -1, D)  # (R, H_kv, H/H_kv*Q, D)
+        out = F.scaled_dot_product_attention(padded, keys[:R, :, :S], values[:R, :, :S], attn_mask=self.bias)
+        out = out.view(R, heads, H // heads, Q, D).permute(0, 3, 1, 2, 4).reshape(R, Q, H, D)
+        return out[self.row, self.col].transpose(0, 1)[None]  # (1, H, N, D)
+
+
+# ======================================================================================================================
+# 4. The engine
+# ======================================================================================================================
+
+
+@dataclass
+class Rollout:
+    """One response.  All per-token fields are in sequence order: a block's branches one after another."""
+
+    ids: list  # response token ids, end-of-turn included
+    layout: Layout  # of the response alone: positions count from 0
+    forced: list  # bool: True where the engine wrote the token (`<step>`, its number, `<takeaway>`)
+    logprobs: list  # log-probability at temperature 1, before truncation and penalty; 0.0 for forced tokens
+    finish_reason: str  # stop, length or malformed
+    critical_path: int  # longest chain of dependent tokens
+    num_forks: int  # blocks that the engine really forked
+    max_branches: int = 0  # widest of them
+    error: str = ""  # what was malformed
+
+
+@dataclass
+class Stats:
+    """Totals of an engine since it was made."""
+
+    tokens: int = 0  # generated, forced ones included
+    forced_tokens: int = 0
+    decode_steps: int = 0  # forward passes over the running batch
+    prefill_tokens: int = 0  # prompt tokens computed, and tokens computed again after a preemption
+    shared_prompt_tokens: int = 0  # prompt tokens copied from a sibling's row instead
+    preemptions: int = 0
+    peak_kv_tokens: int = 0
+    moved_kv_bytes: int = 0  # by prompt sharing, gap closing and recutting; forks and joins move none
+    seconds: float = 0.0
+
+
+@dataclass
+class Request:
+    """A running response.  Token lists are in order of arrival and begin with the prompt; the first `fed` are in the KV row.
+    `heads` are the indices whose successor is sampled next: the trunk's last token, or that of each live branch."""
+
+    index: int
+    prompt_len: int
+    ids: list
+    uniforms: np.ndarray  # one random number per generated token, drawn up front: the stream of this request alone
+    group: list
+    branch: list
+    position: list
+    forced: list
+    logprobs: list
+    heads: list
+    fed: int = 0
+    state: str = "text"  # of the trunk, in GRAMMAR
+    opened: int = 0  # index of the open <guideline>
+    block: int = 0
+    finish: str = ""
+    error: str = ""
+    widths: list = field(default_factory=list)  # branches of each fork
+
+    @property
+    def used(self):
+        return len(self.ids) - self.prompt_len
+
+    def append(self, token, group, branch, position, logprob=0.0, forced=False):
+        self.ids.append(token)
+        self.group.append(group)
+        self.branch.append(branch)
+        self.position.append(position)
+        self.logprobs.append(logprob)
+        self.forced.append(forced)
+
+
+class Engine:
+    """Decode many requests at once, sequentially or in parallel branches, within a fixed KV budget.
+
+    kv_tokens: slots in the KV pool; default a quarter of the memory (free CUDA memory, or RAM), at most 2^18 slots.
+    max_rows: most requests decoded together.
+    """
+
+    def __init__(self, model, tokenizer, kv_tokens=None, max_rows=256):
+        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        config, weight = model.config, model.model["embed_tokens"].weight
+        if kv_tokens is None:
+            per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+            ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            room = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else ram
+            kv_tokens = max(1024, min(2**18, room // 4 // per_token))
+        self.memory = KVMemory(config, kv_tokens, weight.device, weight.dtype)
+        eos = config.eos_token_id
+        self.end_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+        self.stats = Stats()
+        self.active, self.waiting = [], deque()
+
+    @property
+    def kv_tokens_in_use(self):
+        return sum(r.fed for r in self.active)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts, n=1, parallel=True, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, seed=0,
+        max_branches=8, step_repetition_penalty=1.0, progress=False,
+    ):  # fmt: skip
+        """n responses to every prompt: list (prompts) of lists (n) of Rollout.
+
+        prompts: lists of token ids.  parallel False: tags mean nothing, plain sampling.  max_new_tokens counts every token of every
+        branch, and the forced ones.  temperature 0 is greedy.  step_repetition_penalty divides positive (multiplies negative)
+        logits of tokens that the same branch already holds.  A response depends on seed, its prompt and its number among the
+        samples of that prompt, and on nothing else in the call.  Raises UserError when a request cannot fit the KV budget, or
+        when the tokenizer lacks the tags in parallel mode.
+        """
+        began = time.time()
+        self.parallel, self.max_new_tokens, self.max_branches = parallel, max_new_tokens, max_branches
+        self.temperature, self.top_p, self.top_k, self.penalty = temperature, top_p, top_k, step_repetition_penalty
+        self.tag_ids = tag_token_ids(self.tokenizer) if parallel else {}
+        self.tag_of = {i: tag for tag, i in self.tag_ids.items()}
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        requests, copies = [], {}
+        for prompt in prompts:
+            if not prompt:
+                raise UserError("an empty prompt: every request needs at least one prompt token")
+            if len(prompt) + max_new_tokens > self.memory.kv_tokens:
+                raise UserError(
+                    f"prompt of {len(prompt)} tokens and max_new_tokens {max_new_tokens} exceed the KV budget of "
+                    f"{self.memory.kv_tokens} tokens; raise kv_tokens or shorten them"
+                )
+            P, digest = len(prompt), hashlib.sha256(np.asarray(prompt, dtype=np.int64).tobytes()).digest()
+            for _ in range(n):
+                copies[digest] = copies.get(digest, -1) + 1  # sample number of this very prompt
+                stream = np.random.default_rng([seed, int.from_bytes(digest[:8], "little"), copies[digest]])
+                requests.append(
+                    Request(
+                        len(requests), P, list(prompt), stream.random(max_new_tokens, dtype=np.float32),
+                        [0] * P, [0] * P, list(range(P)), [True] * P, [0.0] * P, heads=[P - 1],
+                    )  # fmt: skip
+                )
+        self.waiting.extend(requests)
+        longest = max((r.prompt_len for r in requests), default=0) + max_new_tokens
+        rows = min(len(requests), self.max_rows)
+        roomy = rows * longest <= self.memory.kv_tokens  # every row can have its worst case: nothing will ever be preempted
+        self.memory.cut(rows, longest) if roomy else self.memory.cut(0, 0)
+        bar = tqdm(total=len(requests), desc="rollout", unit="seq", leave=False, disable=not progress)
+        try:
+            while self.waiting or self.active:
+                done = self.step()
+                bar.update(done)
+                if done:
+                    bar.set_postfix(tok_s=f"{sum(r.used for r in requests) / (time.time() - began):.0f}", refresh=False)
+        finally:  # whatever happened, every slot is free again
+            self.active, self.waiting = [], deque()
+            bar.close()
+        self.stats.seconds += time.time() - began
+        self.stats.moved_kv_bytes = self.memory.moved_bytes
+        rollouts = [self.result(r) for r in requests]
+        return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
+
+    def step(self):
+        """One decode step of every running request: schedule, run, postprocess.  Returns how many finished."""
+        fresh = self.schedule()
+        logits = self.run(fresh)  # (heads of all active requests, V)
+        tokens, logprobs = self.sample(logits)
+        i, done = 0, 0
+        for request in self.active:
+            k = len(request.heads)
+            self.postprocess(request, tokens[i : i + k], logprobs[i : i + k])
+            i += k
+        for row in reversed(range(len(self.active))):
+            if self.active[row].finish:
+                done += 1
+                last = self.active.pop()
+                if row < len(self.active):  # the last row fills the gap, so that running rows stay side by side
+                    self.active[row] = last
+                    self.memory.copy_row(len(self.active), row, last.fed)
+        return done
+
+    # ---- schedule ----
+
+    def schedule(self):
+        """Make room for what running rows will feed, preempt the youngest if there is none, admit waiting requests.
+        Returns the admitted."""
+        memory, budget = self.memory, self.memory.kv_tokens
+        need = max((len(r.ids) for r in self.active), default=0)
+        if need > memory.capacity:
+            capacity = min(budget, max(need, memory.capacity * 3 // 2) + 31)
+            rows = min(self.max_rows, budget // capacity)
+            while len(self.active) > rows:
+                row = max(range(len(self.active)), key=lambda r: self.active[r].index)
+                youngest, last = self.active[row], self.active.pop()
+                if youngest is not last:
+                    self.active[row] = last
+                    memory.copy_row(len(self.active), row, last.fed)
+                youngest.fed = 0  # its keys and values are dropped; on its return all its tokens are prefilled at once
+                self.waiting.appendleft(youngest)
+                self.stats.preemptions += 1
+            memory.recut(rows, capacity, self.active)
+            return []  # no admission in a step that was short of room
+        fresh = []
+        while self.waiting:
+            need = len(self.waiting[0].ids)
+            if not self.active and not fresh and need + 32 > memory.capacity:
+                capacity = min(budget, need + max(32, need // 2))
+                memory.cut(min(self.max_rows, budget // capacity), capacity)
+            if len(self.active) == memory.rows or need > memory.capacity:
+                break
+            request = self.waiting.popleft()
+            self.active.append(request)
+            fresh.append(request)
+        return fresh
+
+    # ---- run ----
+
+    def run(self, fresh):
+        """Feed every token that is not in the KV rows yet; logits (M, V) of all heads, in the order of `active`."""
+        row_of = {id(r): row for row, r in enumerate(self.active)}
+        settled = {tuple(r.ids[: r.prompt_len]): r for r in self.active if r.fed}
+        logits = {}
+        leaders, followers = [], []
+        for request in fresh:  # one prefill for all samples of a prompt
+            key = tuple(request.ids[: request.prompt_len])
+            if key in settled and request.used == 0:
+                followers.append((request, settled[key]))
+            else:
+                leaders.append(request)
+                settled[key] = request
+        leaders.sort(key=lambda r: len(r.ids))
+        while leaders:
+            count = max(1, 8192 // len(leaders[-1].ids))
+            logits |= self.prefill(leaders[-count:], row_of)
+            del leaders[-count:]
+        for request, source in followers:  # all but the last prompt token, which has to be fed for its logits
+            request.fed = request.prompt_len - 1
+            self.memory.copy_row(row_of[id(source)], row_of[id(request)], request.fed)
+            self.stats.shared_prompt_tokens += request.fed
+        feeding = [r for r in self.active if len(r.ids) > r.fed]
+        if feeding:
+            logits |= self.decode(feeding, row_of)
+        self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, self.kv_tokens_in_use)
+        return torch.cat([logits[id(r)] for r in self.active])
+
+    def prefill(self, requests, row_of):
+        """Feed whole requests into empty rows, padded to one batch."""
+        device, memory = self.model.device, self.memory
+        ids, group, branch, position = (
+            pad_rows([getattr(r, name) for r in requests], 0).to(device) for name in ("ids", "group", "branch", "position")
+        )  # (B, T) each
+        lengths = torch.tensor([len(r.ids) for r in requests], device=device)
+        memory.valid = torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]  # (B, T)
+        b, slot = memory.valid.nonzero(as_tuple=True)
+        row = torch.tensor([row_of[id(r)] for r in requests], device=device)[b]
+        memory.mask = visible_mask(group, branch)[:, None] if bool(group.any()) else None
+        memory.aim(row, slot, group[memory.valid], branch[memory.valid])
+        x = self.model.hidden(ids, Layout(group, branch, position), memory)  # (B, T, C)
+        heads = [(i, h) for i, r in enumerate(requests) for h in r.heads]
+        i, h = torch.tensor(heads, device=device).unbind(1)
+        parts = self.model.logits(x[i, h]).split([len(r.heads) for r in requests])
+        for r in requests:
+            r.fed = len(r.ids)
+            self.stats.prefill_tokens += r.fed
+        return {id(r): part for r, part in zip(requests, parts)}
+
+    def decode(self, requests, row_of):
+        """Feed the new tokens of running rows: packed for the matrices, by row for the attention."""
+        device = self.model.device
+        count = np.array([len(r.ids) - r.fed for r in requests])
+        first = np.cumsum(count) - count  # index of each request's first token among the N
+        N = count.sum()
+        col = np.arange(N) - np.repeat(first, count)
+        row = np.repeat([row_of[id(r)] for r in requests], count)
+        slot = np.repeat([r.fed for r in requests], count) + col
+        head = [f + h - r.fed for f, r in zip(first, requests) for h in r.heads]
+        packed = [[x for r in requests for x in getattr(r, name)[r.fed :]] for name in ("ids", "group", "branch", "position")]
+        packed = torch.from_numpy(np.array([*packed, row, slot, col], dtype=np.int64)).to(device)  # (7, N), one copy
+        ids, group, branch, position, row, slot, col = packed
+        self.memory.aim(row, slot, group, branch, col)
+        x = self.model.hidden(ids[None], Layout(group, branch, position), self.memory)[0]  # (N, C)
+        parts = self.model.logits(x[torch.tensor(head, device=device)]).split([len(r.heads) for r in requests])
+        for r in requests:
+            r.fed = len(r.ids)
+        self.stats.decode_steps += 1
+        return {id(r): part for r, part in zip(requests, parts)}
+
+    # ---- sample ----
+
+    def sample(self, logits):
+        """One token for each head: logits (M, V) -> (token ids, log-probabilities), lists of M."""
+        logits = logits.float()
+        log_p = logits.log_softmax(-1)  # (M, V), of the model itself: what training will see
+        if self.penalty != 1.0:
+            logits = logits.clone()
+            heads = [(r, h) for r in self.active for h in r.heads]
+            for m, (r, h) in enumerate(heads):
+                if r.group[h]:
+                    mine = [t for t, g, b in zip(r.ids, r.group, r.branch) if g == r.group[h] and b == r.branch[h]]
+                    mine = torch.tensor(sorted(set(mine)), device=logits.device)
+                    x = logits[m, mine]
+                    logits[m, mine] = torch.where(x > 0, x / self.penalty, x * self.penalty)
+        if self.temperature == 0:
+            token = logits.argmax(-1)  # (M,)
+        else:
+            p = (logits / self.temperature).softmax(-1)
+            if self.top_k or self.top_p < 1:
+                ranked, order = p.sort(dim=-1, descending=True)
+                cut = ranked.cumsum(-1) - ranked >= self.top_p  # the smallest set that holds top_p
+                if self.top_k:
+                    cut[:, self.top_k :] = True
+                p = torch.zeros_like(p).scatter_(-1, order, ranked.masked_fill(cut, 0.0))
+            # inverse CDF with the request's own random numbers: which neighbours share the batch cannot matter
+            u = [x for r in self.active for x in r.uniforms[r.used : r.used + len(r.heads)]]
+            cdf = p.double().cumsum(-1)  # (M, V)
+            u = torch.tensor(np.array(u), device=p.device, dtype=torch.float64)[:, None] * cdf[:, -1:]  # (M, 1)
+            token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp_(max=p.shape[-1] - 1)
+        chosen = log_p.gather(-1, token[:, None])[:, 0]
+        return token.tolist(), chosen.tolist()
+
+    # ---- postprocess: the life of a request ----
+
+    def postprocess(self, request, tokens, logprobs):
+        """Append one sampled token per head, then fork, join, go on, or finish."""
+        heads, request.heads = request.heads, []
+        for head, token, logprob in zip(heads, tokens, logprobs):
+            group, branch, position = request.group[head], request.branch[head], request.position[head] + 1
+            request.append(token, group, branch, position, logprob)
+            tag, last = self.tag_of.get(token), len(request.ids) - 1
+            if group:  # in a step
+                if tag == "</step>":
+                    continue
+                if tag or token in self.end_ids:
+                    request.finish, request.error = "malformed", f"{tag or 'end of turn'} inside step {branch}"
+                request.heads.append(last)
+            elif token in self.end_ids:
+                request.finish = "stop"
+            elif tag is None:
+                request.heads.append(last)
+            elif (request.state, tag) not in GRAMMAR:
+                request.finish, request.error = "malformed", f"{tag} in state {request.state}"
+            else:
+                request.state = GRAMMAR[request.state, tag]
+                if tag == "<guideline>":
+                    request.opened = last
+                if tag == "</guideline>":
+                    self.fork(request)
+                else:
+                    request.heads.append(last)
+        if not request.finish and not request.heads:
+            self.join(request)
+        if not request.finish and request.used + len(request.heads) > self.max_new_tokens:
+            request.finish = "length"
+
+    def fork(self, request):
+        """Validate the guideline that just closed, then open one branch per plan, each with its forced beginning."""
+        plans, problem = self.read_plans(request.ids[request.opened + 1 : -1])
+        room = self.max_new_tokens - request.used
+        openings = [[self.tag_ids["<step>"], *self.tokenizer.encode(f"{i}:", add_special_tokens=False)] for i in range(1, plans + 1)]
+        if not problem and not 1 <= plans <= self.max_branches:
+            problem = f"{plans} plans, allowed are 1 to {self.max_branches}"
+        if not problem and sum(map(len, openings)) + plans > room:
+            problem = f"budget of {room} tokens left for {plans} branches"
+        if problem:
+            request.finish, request.error = "malformed", problem
+            return
+        request.block += 1
+        request.widths.append(plans)
+        start = request.position[-1] + 1
+        for i, opening in enumerate(openings, 1):
+            for offset, token in enumerate(opening):
+                request.append(token, request.block, i, start + offset, forced=True)
+            request.heads.append(len(request.ids) - 1)
+
+    def read_plans(self, inside):
+        """(number of plans, problem or '') of the ids between <guideline> and </guideline>.  The tags' order is already known
+        to be right; left to check are the numbers, that no plan is empty, and that nothing stands between plans."""
+        count, content, outside, in_plan = 0, [], [], False
+        for token in inside:
+            tag = self.tag_of.get(token)
+            if tag == "<plan>":
+                in_plan, content = True, []
+            elif tag == "</plan>":
+                in_plan, count = False, count + 1
+                if not re.match(rf"\s*{count}:\s*\S", self.tokenizer.decode(content)):
+                    return count, f"plan {count} does not read '{count}: ..'"
+            else:
+                (content if in_plan else outside).append(token)
+        return count, "text between plans" if self.tokenizer.decode(outside).strip() else ""
+
+    def join(self, request):
+        """All branches have closed: the trunk goes on, seeing every one of them, one position after the longest."""
+        if request.used >= self.max_new_tokens:
+            request.finish = "length"
+            return
+        steps = [p for p, g in zip(request.position, request.group) if g == request.block]
+        request.append(self.tag_ids["<takeaway>"], 0, 0, max(steps) + 1, forced=True)
+        request.state = "takeaway"
+        request.heads.append(len(request.ids) - 1)
+
+    def result(self, request):
+        """Put a finished request's tokens into sequence order."""
+        P = request.prompt_len
+        group, branch, position = (np.array(x[P:], dtype=np.int32) for x in (request.group, request.branch, request.position))
+        # blocks arrive one after another; inside a block the branches interleave, so sort those by branch, stably
+        stage = np.maximum.accumulate(group) * 2 - (group > 0)  # 0 trunk, 1 block 1, 2 trunk after it, 3 block 2 ..
+        order = np.lexsort((np.arange(len(group)), branch, stage))
+        take = lambda x: [x[P + i] for i in order]  # noqa: E731
+        laid = Layout(group[order], branch[order], position[order] - P)
+        self.stats.tokens += request.used
+        self.stats.forced_tokens += sum(request.forced[P:])
+        return Rollout(
+            take(request.ids), laid, take(request.forced), take(request.logprobs), request.finish,
+            critical_path=int(laid.position.max(initial=-1)) + 1, num_forks=len(request.widths),
+            max_branches=max(request.widths, default=0), error=request.error,
+        )  # fmt: skip
+
+
+# ======================================================================================================================
+# 5. Look at one trajectory
+# ======================================================================================================================
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("question", help="the question, as the problems of stage 0 write it")
+    p.add_argument("--init", default="out/stage3", help="checkpoint folder or hub name, of stage 2 or 3")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    p.add_argument("--max-new-tokens", type=int, default=1024, help="budget, all branches together")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    args = p.parse_args()
+    device = pick_device(args.device)
+    model, tokenizer = load(args.init, device)
+    engine = Engine(model, tokenizer)
+    prompt = prompt_ids(tokenizer, args.question, FORMAT_PROMPT)
+    [[rollout]] = engine.generate([prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
+    text = tokenizer.decode(rollout.ids)
+    print(re.sub(r"(</guideline>|</step>|</takeaway>)", r"\1\n", text))
+    speed = len(rollout.ids) / engine.stats.seconds
+    print(
+        f"{rollout.finish_reason} {rollout.error}: {len(rollout.ids)} tokens, critical path {rollout.critical_path} "
+        f"({len(rollout.ids) / max(1, rollout.critical_path):.2f}x), {engine.stats.seconds:.2f} s, {speed:.0f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,919 @@
+"""Stage 0: the world and the base.  Problems, tokenizer, a Qwen3 in plain PyTorch, and a tiny pretrained base model.
+
+In : nothing.                Out: out/stage0/, an ordinary Hugging Face checkpoint (Qwen3 architecture).
+
+NPR starts from an instruction-tuned model (the paper: Qwen3-4B).  None can be downloaded into a tutorial, so this stage
+makes a stand-in in minutes: a 0.9M-parameter Qwen3 that solves synthetic problems step by step with mediocre accuracy, and
+that follows the parallel format only now and then.  Equation: next-token loss on responses, L = -(1/N) sum_t log p(x_t | x_<t).
+
+    python stage0_model.py                      # about 20 minutes on 2 cores
+    python stage0_model.py --steps 20 --out out/smoke/stage0
+
+Shapes: B rows, T tokens, H heads, D head dim, C hidden width, V vocabulary, K branches, G group size, N packed tokens.
+Nothing after this stage reads its corpus: from stage 1 on, every training token is the model's own sample.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+
+class UserError(Exception):
+    """A mistake the person at the keyboard can fix; `run_main` prints it in one line and exits with status 2."""
+
+
+# ======================================================================================================================
+# 1. The world: problems with many independent parts
+# ======================================================================================================================
+# Three kinds, chosen for what parallel thought can do to each:
+#   chains     decomposition: 2-6 independent chains of arithmetic, each long and inherently sequential; compare their ends
+#   sums       decomposition with a sequential tail: independent products, then a running total
+#   countdown  exploration: each plan is a first move towards a target, and few of the first moves work
+
+KINDS = ("chains", "sums", "countdown")
+SPLITS = ("train", "tune", "heldout", "hard")
+
+# What the user turn is preceded by.  One asks for ordinary step-by-step work, the other for the parallel format.
+PLAIN_PROMPT = "Work step by step, then give the boxed answer."
+FORMAT_PROMPT = "Work in parallel: guideline of plans, one step for each plan, takeaway, then the boxed answer."
+
+ANY_TAG = re.compile(r"</?(?:guideline|plan|step|takeaway)>")
+
+
+@dataclass
+class Problem:
+    """One question with a checkable answer.  `parts` holds what the solution writer needs to know about it."""
+
+    kind: str
+    question: str
+    answer: str
+    parts: dict = field(repr=False, default_factory=dict)
+
+    def verify(self, response_text):
+        r"""True if the last `\boxed{}` after the last block is a right answer.  Boxes inside a block do not count.
+
+        `countdown` accepts every expression that uses each given number at most once and reaches the target.
+        """
+        boxed = last_boxed(ANY_TAG.split(response_text)[-1])
+        if boxed is None:
+            return False
+        if self.kind == "countdown":
+            value, used = evaluate(boxed)
+            left = list(self.parts["numbers"])
+            for number in used:
+                if number not in left:
+                    return False
+                left.remove(number)
+            return value == self.parts["target"]
+        return re.fullmatch(r"0*\d+", boxed.strip()) is not None and int(boxed) == int(self.answer)
+
+
+def last_boxed(text):
+    r"""Content of the last complete `\boxed{...}` in text, or None.  'x \boxed{a{b}} y' -> 'a{b}'."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for i in range(start + 6, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[start + 7 : i]
+    return None
+
+
+def evaluate(expression):
+    """Value of an expression of whole numbers with + - * and brackets, and the numbers used: '(3+4)*2' -> (14, [3, 4, 2]).
+
+    Model text is never given to `eval`: it is parsed, and anything but these four things gives (None, []).
+    """
+    used = []
+
+    def walk(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return node.value
+        if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult):
+            a, b = walk(node.left), walk(node.right)
+            return a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b
+        raise ValueError("not arithmetic")
+
+    try:
+        if len(expression) > 100:  # a runaway response must not become a runaway big-number product
+            return None, []
+        return walk(ast.parse(expression.strip(), mode="eval").body), used
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None, []
+
+
+def apply_op(value, op, operand):
+    return value + operand if op == "+" else value - operand if op == "-" else value * operand
+
+
+def first_moves(numbers):
+    """Every first move on these numbers whose result lies in 1..99, as (x, op, y, rest): the plans of a countdown."""
+    moves = []
+    for i in range(len(numbers)):
+        for j in range(i + 1, len(numbers)):
+            x, y = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
+            rest = [n for m, n in enumerate(numbers) if m not in (i, j)]
+            moves += [(x, op, y, rest) for op in "+-*" if 1 <= apply_op(x, op, y) <= 99]
+    return moves
+
+
+def draw_problem(kind, rng, hard=False):
+    """One random problem.  `hard` has more and longer parts than any training problem."""
+    if kind == "chains":
+        labels = "ABCDEFGH"[: 8 if hard else rng.randint(2, 6)]
+        goal = rng.choice(["largest", "smallest"])
+        chains, ends = [], []
+        for _ in labels:
+            start, ops = rng.randint(10, 99), []
+            for _ in range(rng.randint(9, 11) if hard else rng.randint(5, 8)):
+                op = rng.choice("++--*")
+                ops.append((op, rng.randint(2, 3) if op == "*" else rng.randint(2, 9)))
+            value = start
+            for op, operand in ops:
+                value = apply_op(value, op, operand) % 100
+            chains.append((start, ops))
+            ends.append(value)
+        written = " ".join(f"{c}:{s}" + "".join(f"{op}{n}" for op, n in ops) for c, (s, ops) in zip(labels, chains))
+        answer = f"{max(ends) if goal == 'largest' else min(ends):02d}"
+        return Problem(kind, f"{written} modulo 100, {goal} end?", answer, {"chains": chains, "labels": labels, "goal": goal})
+    if kind == "sums":
+        while True:  # signs are drawn again until every partial total is at least 0: negative totals are a lesson of their own
+            terms = [
+                (rng.choice("+-") if i else "+", rng.randint(11, 49), rng.randint(2, 9))
+                for i in range(rng.randint(6, 8) if hard else rng.randint(2, 5))
+            ]
+            totals, total = [], 0
+            for sign, a, b in terms:
+                total = apply_op(total, sign, a * b)
+                totals.append(total)
+            if min(totals) >= 0:
+                break
+        written = "".join(f"{sign if i else ''}{a}*{b}" for i, (sign, a, b) in enumerate(terms))
+        return Problem(kind, f"{written} total?", str(total), {"terms": terms})
+    if kind == "countdown":
+        while True:
+            numbers = sorted(rng.sample(range(2, 26), 4 if hard else 3))
+            x, op, y, rest = rng.choice(first_moves(numbers))
+            value, z, op2 = apply_op(x, op, y), rng.choice(rest), rng.choice("+-*")
+            target = apply_op(max(value, z), op2, min(value, z))
+            if 10 <= target <= 99 and target not in numbers:
+                break
+        answer = f"({x}{op}{y}){op2}{z}" if value >= z or op2 != "-" else f"{z}{op2}({x}{op}{y})"
+        question = " ".join(map(str, numbers)) + f" make {target}?"
+        return Problem(kind, question, answer, {"numbers": numbers, "target": target})
+    raise ValueError(f"unknown problem kind {kind!r}: expected one of {', '.join(KINDS)} or all")
+
+
+def split_of(question):
+    """The split a question belongs to, by its hash: 80 % train, 10 % tune, 10 % heldout.  Disjoint whatever the seeds."""
+    bucket = int(hashlib.sha256(question.encode()).hexdigest(), 16) % 10
+    return "tune" if bucket == 0 else "heldout" if bucket == 1 else "train"
+
+
+def make_problems(kind, split, n, seed):
+    """n distinct seeded problems.  kind: one of KINDS, or 'all' for equal shares of each; split: one of SPLITS.
+
+    Same arguments, same problems.  Raises ValueError for an unknown kind or split, or when the kind has no n distinct problems.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+    kinds = KINDS if kind == "all" else (kind,)
+    rng = random.Random(f"{kind}/{split}/{seed}")
+    problems, seen, tries = [], set(), 0
+    while len(problems) < n:
+        problem = draw_problem(kinds[len(problems) % len(kinds)], rng, hard=split == "hard")
+        tries += 1
+        if tries > 1000 + 100 * n:
+            raise ValueError(f"{kind}/{split} has no {n} distinct problems")
+        if problem.question not in seen and (split == "hard" or split_of(problem.question) == split):
+            seen.add(problem.question)
+            problems.append(problem)
+    return problems
+
+
+# ======================================================================================================================
+# 2. Worked solutions: the corpus of the base
+# ======================================================================================================================
+# Text written by people has slips.  So has this corpus: each single result is wrong with probability `slip`, and the mistake
+# is carried on consistently.  A model that imitates it samples slips too, which is what reinforcement learning can remove.
+
+
+def work_out(problem, rng, slip):
+    """Rounds of worked parts, and how they end.
+
+    Returns (rounds, answer): each round is (plans, steps, takeaway); all kinds need one round except a countdown whose first
+    round found nothing, which may try other moves in a second.  For chains, e.g.
+    plans ['A', 'B'], steps ['A12+5=17*3=51;a51', 'B40-7=33*2=66;b66'], takeaway 'a51b66', answer '66'.
+    """
+
+    def slipped(value, low=0, high=10**6):
+        if rng.random() >= slip:
+            return value
+        return min(high, max(low, value + rng.choice([-10, -2, -1, 1, 2, 10])))
+
+    parts = problem.parts
+    if problem.kind == "chains":
+        steps, ends = [], []
+        for label, (value, ops) in zip(parts["labels"], parts["chains"]):
+            text = f"{label}{value}"
+            for op, operand in ops:
+                value = slipped(apply_op(value, op, operand) % 100, 0, 99)
+                text += f"{op}{operand}={value:02d}"
+            steps.append(f"{text};{label.lower()}{value:02d}")
+            ends.append(value)
+        takeaway = "".join(f"{label.lower()}{end:02d}" for label, end in zip(parts["labels"], ends))
+        return [(list(parts["labels"]), steps, takeaway)], f"{max(ends) if parts['goal'] == 'largest' else min(ends):02d}"
+    if problem.kind == "sums":
+        plans, steps, takeaway, total = [], [], "", 0
+        for i, (sign, a, b) in enumerate(parts["terms"]):
+            tens, units = slipped(a // 10 * 10 * b), slipped(a % 10 * b)
+            product = slipped(tens + units)
+            plans.append(f"{a}*{b}")
+            steps.append(f"{a}*{b}={a // 10 * 10}*{b}+{a % 10}*{b}={tens}+{units}={product};{'abcdefgh'[i]}{product}")
+            total = product if i == 0 else slipped(max(0, apply_op(total, sign, product)))
+            takeaway += f"{product}" if i == 0 else f"{sign}{product}={total}"
+        return [(plans, steps, takeaway)], str(total)
+    target, moves, rounds, found = parts["target"], first_moves(parts["numbers"]), [], None
+    rng.shuffle(moves)
+    while not found and moves and len(rounds) < 2:
+        k = min(rng.randint(2, 5) if not rounds else rng.randint(2, 3), len(moves))
+        now, moves = moves[:k], moves[k:]
+        steps = []
+        for x, op, y, rest in now:
+            value = slipped(apply_op(x, op, y), 1, 99)
+            text, verdict = f"{x}{op}{y}={value};", "n"
+            seconds = [(max(value, z), op2, min(value, z), z) for z in rest for op2 in "+-*"]
+            for u, op2, v, z in seconds:
+                if apply_op(u, op2, v) > 99:
+                    continue  # no target is above 99, and two-digit products are not what this model is to learn
+                result = slipped(apply_op(u, op2, v), 0)
+                hit = result == target
+                text += f"{u}{op2}{v}={result}/{target}{'y' if hit else 'n'}"
+                if hit:
+                    verdict = f"y({x}{op}{y}){op2}{z}" if u == value else f"y{z}{op2}({x}{op}{y})"
+                    break
+            steps.append(f"{text};{verdict}")
+            found = found or (verdict[1:] or None)
+        rounds.append(([f"{x}{op}{y}" for x, op, y, _ in now], steps, found or "none"))
+        if not found and rng.random() < 0.6:
+            break
+    x, op, y, _ = now[-1]
+    return rounds, found or f"{x}{op}{y}"  # gives up with the last first move: a wrong answer, and an honest one
+
+
+def plain_solution(rounds, answer):
+    """The parts worked one after another, no tags: what the base does when asked plainly."""
+    return " ".join(" ".join(steps) + f" {takeaway}" for _, steps, takeaway in rounds) + f" \\boxed{{{answer}}}"
+
+
+def tagged_solution(rounds, answer):
+    """The canonical parallel form."""
+    text = ""
+    for plans, steps, takeaway in rounds:
+        text += "<guideline>" + "".join(f"<plan>{i}:{p}</plan>" for i, p in enumerate(plans, 1)) + "</guideline>"
+        text += "".join(f"<step>{i}:{s}</step>" for i, s in enumerate(steps, 1)) + f"<takeaway>{takeaway}</takeaway>"
+    return f"{text}\\boxed{{{answer}}}"
+
+
+def malformed_solution(rounds, answer, rng):
+    """A near miss at the format, one of seven kinds.  None is shorter than the valid form: otherwise reinforcement learning
+    meets 'short' and 'malformed' together and drifts towards fewer plans."""
+    text = tagged_solution(rounds, answer)
+    how = rng.randrange(7)
+    if how == 0:  # text between the tags of the skeleton
+        return text.replace("</step>", "</step> next ", 1)
+    if how == 1:  # one plan more than steps
+        k = len(rounds[0][0])
+        return text.replace("</guideline>", f"<plan>{k + 1}:{rounds[0][0][-1]}</plan></guideline>", 1)
+    if how == 2:  # numbered from 2
+        return text.replace("<step>1:", "<step>2:", 1)
+    if how == 3:  # the answer is stated, not boxed
+        return text.replace(f"\\boxed{{{answer}}}", f" the answer is {answer}.")
+    if how == 4:  # steps nested in one another
+        return text.replace("</step><step>", "<step>").replace("</step>", "</step></step>", 1)
+    if how == 5:  # the takeaway is tagged as a step
+        return text.replace("<takeaway>", "<step>").replace("</takeaway>", "</step>")
+    return text.replace("</guideline>", "</plan>", 1)  # the guideline is never closed
+
+
+def is_canonical(text):
+    r"""True for the canonical valid form; the grammar of D2 as one pattern.  Stage 1's parser grades what fails here.
+
+    '<guideline><plan>1:A</plan></guideline><step>1:b</step><takeaway>c</takeaway>\boxed{7}' -> True
+    """
+    block = r"<guideline>((?:<plan>\d+:[^<>]+</plan>)+)</guideline>((?:<step>\d+:[^<>]+</step>)+)<takeaway>[^<>]+</takeaway>"
+    if not re.fullmatch(rf"(?:{block})+[^<>]*\\boxed\{{[^<>{{}}]*\}}[^<>]*", text) or text.count("\\boxed{") != 1:
+        return False
+    numbers = [[re.findall(r"<\w+>(\d+):", part) for part in found] for found in re.findall(block, text)]
+    return all(plans == steps == [str(i + 1) for i in range(len(plans))] for plans, steps in numbers)
+
+
+def corpus_document(rng, slip, valid_share, malformed_share):
+    """(question, system prompt, response) of the stage-0 corpus; half the prompts ask for the format."""
+    while True:
+        problem = draw_problem(rng.choice(KINDS), rng)
+        if split_of(problem.question) == "train":
+            break
+    rounds, answer = work_out(problem, rng, slip)
+    if rng.random() < 0.5:
+        return problem.question, PLAIN_PROMPT, plain_solution(rounds, answer)
+    style = rng.random()
+    if style < valid_share:
+        return problem.question, FORMAT_PROMPT, tagged_solution(rounds, answer)
+    if style < valid_share + malformed_share:
+        return problem.question, FORMAT_PROMPT, malformed_solution(rounds, answer, rng)
+    return problem.question, FORMAT_PROMPT, plain_solution(rounds, answer)
+
+
+# ======================================================================================================================
+# 3. The tokenizer
+# ======================================================================================================================
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts, vocab_size=400):
+    """A byte-level BPE with Qwen's chat markup, as an ordinary Hugging Face tokenizer.
+
+    Words, punctuation marks and single digits are split before merging, as in Qwen: 12 is two tokens, so arithmetic can be
+    learned digit by digit.  All 256 bytes are in the vocabulary, so any text encodes.  The eight tags are *not* special here:
+    `<plan>` is three tokens, and the model has to find them by itself (stage 1) before they become single tokens (stage 2).
+    """
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"\p{N}|</?| ?\p{L}+|[^\s\p{L}\p{N}]|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def prompt_ids(tokenizer, question, system_prompt):
+    """Token ids of the chat prompt up to where the assistant begins to speak."""
+    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+    # enable_thinking=False asks Qwen3's own template for its non-thinking mode; templates without the switch ignore it
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+# ======================================================================================================================
+# 4. The model: Qwen3, bottom-up
+# ======================================================================================================================
+
+
+@dataclass
+class Qwen3Config:
+    """Fields as in a Qwen3 config.json; the defaults are the tiny base (0.87M parameters)."""
+
+    vocab_size: int = 400
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = True
+    eos_token_id: int | list = 2
+    initializer_range: float = 0.02
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 whatever x is."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rope_tables(position, head_dim, theta):
+    """cos and sin of every rotation angle.  position (B, T) integers -> two (B, 1, T, D) fp32 tables."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)  # (D/2,)
+    angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D/2)
+    angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, D)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding; pairs are (i, i + D/2) as in Hugging Face.  x (B, H, T, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with QK-norm.  What a token may see is decided outside, by `attend`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, attend):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def visible_mask(group, branch):
+    """Who may see whom (D3): earlier tokens, but never a sibling branch of the same block.  (B, T), (B, T) -> (B, T, T) bool,
+    True = row's token sees column's token."""
+    T = group.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=group.device).tril()
+    same_block = (group[:, :, None] == group[:, None, :]) & (group[:, :, None] != 0)  # (B, T, T)
+    return causal & ~(same_block & (branch[:, :, None] != branch[:, None, :]))
+
+
+class Qwen3(nn.Module):
+    """Qwen3 with Hugging Face's parameter names, so that a state dict is a checkpoint."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    @property
+    def device(self):
+        return self.model["embed_tokens"].weight.device
+
+    def hidden(self, ids, layout=None, kv=None):
+        """Final hidden states.  ids (B, T) -> (B, T, C).
+
+        layout: None for plain causal text, or integers `.group`, `.branch`, `.position`, each (T,) or (B, T) (engine.Layout).
+        kv: None to attend within ids (training), or the engine's KV memory, which stores this call's keys and values and
+        attends over everything its rows hold: `kv.attend(layer, q, k, v)`, all (B, H, T, D).
+        """
+        B, T = ids.shape
+        if layout is None:
+            position = torch.arange(T, device=ids.device)[None]  # (1, T)
+        else:
+            as_rows = lambda x: torch.as_tensor(x, device=ids.device).long().reshape(-1, T)  # noqa: E731
+            group, branch, position = as_rows(layout.group), as_rows(layout.branch), as_rows(layout.position)
+        mask = None if layout is None or kv is not None or not group.any() else visible_mask(group, branch)[:, None]
+        x = self.model["embed_tokens"](ids)  # (B, T, C)
+        cos, sin = rope_tables(position, self.config.head_dim, self.config.rope_theta)
+        repeat = self.config.num_attention_heads // self.config.num_key_value_heads
+
+        def within(q, k, v):  # each key/value head serves `repeat` query heads
+            if q.device.type == "cpu":  # measured: the CPU's fused attention runs backward 1.6x faster in fp32 than in bf16
+                q, k, v = q.float(), k.float(), v.float()
+            k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)  # (B, H, T, D)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+        for i, block in enumerate(self.model["layers"]):
+            x = block(x, cos, sin, within if kv is None else lambda q, k, v, i=i: kv.attend(i, q, k, v))
+        return self.model["norm"](x)
+
+    def logits(self, x):
+        """Hidden states (..., C) -> logits (..., V)."""
+        return F.linear(x, self.model["embed_tokens"].weight) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    def forward(self, ids, layout=None, kv=None):
+        """ids (B, T) -> logits (B, T, V)."""
+        return self.logits(self.hidden(ids, layout, kv))
+
+
+# ======================================================================================================================
+# 5. Load and save: the Hugging Face layout, safetensors only
+# ======================================================================================================================
+
+
+def load(path_or_hub_name, device=None, dtype=None):
+    """(model, tokenizer) from a Hugging Face folder or hub name.
+
+    dtype: torch dtype of the weights, fp32 when None.  Raises UserError when the checkpoint is missing, is not a Qwen3, or lacks a
+    field that has no safe default (rope_theta: 1e4, 1e6 and 5e6 are all in use, and a wrong one fails silently).
+    """
+    path = Path(path_or_hub_name)
+    if not path.is_dir():
+        if path.parts[:1] in (("out",), ("/",), (".",), ("..",)) or len(path.parts) != 2:
+            raise UserError(f"{path}: no such checkpoint folder; run the stage that writes it, or give --init a folder or hub name")
+        from huggingface_hub import snapshot_download  # only needed, and only possible, with a network
+
+        try:
+            path = Path(snapshot_download(str(path_or_hub_name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        except Exception as error:
+            raise UserError(f"{path_or_hub_name}: neither a folder here nor a model that the hub gives ({type(error).__name__})")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}/config.json is missing: expected a Hugging Face checkpoint; run the stage that writes it")
+    raw = json.loads((path / "config.json").read_text())
+    if raw.get("model_type") != "qwen3":
+        raise UserError(f"{path}/config.json: model_type is {raw.get('model_type')!r}, this project reads 'qwen3' only")
+    for key in ("quantization_config", "rope_scaling"):
+        if raw.get(key):
+            raise UserError(f"{path}/config.json: {key} is not supported; use a checkpoint without it")
+    if raw.get("use_sliding_window"):
+        raise UserError(f"{path}/config.json: use_sliding_window is not supported; use a checkpoint without it")
+    rope = raw.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{path}/config.json: rope_type {rope['rope_type']!r} is not supported; only 'default' is")
+    raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
+    known = {f.name for f in fields(Qwen3Config)}
+    missing = [k for k in sorted(known - {"initializer_range"}) if raw.get(k) is None and k != "tie_word_embeddings"]
+    if missing:
+        raise UserError(f"{path}/config.json: {', '.join(missing)} missing; expected the fields of a Qwen3 config")
+    raw.setdefault("tie_word_embeddings", False)
+    config = Qwen3Config(**{k: v for k, v in raw.items() if k in known})
+
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: no .safetensors weights; is the stage that writes it finished?")
+    weights = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error}); write it again")
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)  # some exports carry a duplicate
+    with torch.device("meta"):
+        model = Qwen3(config)
+    wanted = model.state_dict()
+    wrong = [k for k in wanted if k not in weights or weights[k].shape != wanted[k].shape] + [k for k in weights if k not in wanted]
+    if wrong:
+        raise UserError(f"{path}: weights do not fit config.json at {wrong[0]} (and {len(wrong) - 1} more); expected a Qwen3 checkpoint")
+    model.load_state_dict({k: v.to(dtype or torch.float32) for k, v in weights.items()}, assign=True)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return model.to(device or "cpu").requires_grad_(True), tokenizer
+
+
+def save(model, tokenizer, path):
+    """Write a Hugging Face checkpoint folder.  The weights go last and by rename, so a folder that has them is complete."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(path)
+    config = asdict(model.config) | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False}
+    config |= {"hidden_act": "silu", "use_cache": True, "pad_token_id": tokenizer.pad_token_id}
+    config["dtype"] = str(model.model["embed_tokens"].weight.dtype).removeprefix("torch.")
+    # both spellings of theta: transformers 5 reads the nested one, older readers (and vLLM, SGLang) the flat one
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": model.config.rope_theta}
+    write_atomic(path / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+    state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
+    write_atomic(path / "model.safetensors", lambda file: save_file(state, file, metadata={"format": "pt"}))
+
+
+def write_atomic(path, write):
+    """Call write(temporary file) beside path, flush it to disk, then rename: path is never half written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    write(aside)
+    with open(aside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+# ======================================================================================================================
+# 6. What every stage's loop uses: device, seeds, optimizer, log, resume
+# ======================================================================================================================
+
+
+def pick_device(name):
+    """torch.device for --device; 'auto' takes CUDA when there is one.  Prints what it took."""
+    if name != "cpu" and not torch.cuda.is_available():
+        if name != "auto":
+            raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu")
+        name = "cpu"
+    device = torch.device("cuda" if name == "auto" else name)
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"device: {device} ({what}), torch {torch.__version__}")
+    return device
+
+
+def run_main(main):
+    """Run a script's main: a UserError becomes one line on stderr and exit status 2, never a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Run:
+    """A stage's output folder: `args.json`, `log.jsonl`, and `resume/` while it is running (D8).
+
+    Arguments that differ from those in `args.json` make a new run: what an earlier one left in the folder is removed.
+    """
+
+    def __init__(self, args):
+        self.path = Path(args.out)
+        self.began = time.time()
+        written, args_file = json.dumps(vars(args), indent=2) + "\n", self.path / "args.json"
+        if not args_file.is_file() or args_file.read_text() != written:
+            for stale in ("model.safetensors", "log.jsonl", "episodes.txt"):
+                (self.path / stale).unlink(missing_ok=True)
+            for stale in ("resume", "data"):
+                shutil.rmtree(self.path / stale, ignore_errors=True)
+            write_atomic(args_file, lambda file: file.write_text(written))
+
+    def start(self, model, optimizers):
+        """The step to go on after: 0, or where a killed run left off, with weights and optimizer state restored."""
+        state_file, log = self.path / "resume" / "state.safetensors", self.path / "log.jsonl"
+        if not state_file.is_file():
+            log.unlink(missing_ok=True)
+            (self.path / "episodes.txt").unlink(missing_ok=True)
+            return 0
+        state = load_file(state_file)
+        step = int(state.pop("step"))
+        model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
+        for i, optimizer in enumerate(optimizers):
+            packed = optimizer.state_dict()
+            packed["state"] = {}
+            for key, value in state.items():  # key: optim.<optimizer>.<parameter>.<name>
+                if key.startswith(f"optim.{i}."):
+                    _, _, parameter, name = key.split(".")
+                    packed["state"].setdefault(int(parameter), {})[name] = value
+            optimizer.load_state_dict(packed)
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.is_file() else []
+        log.write_text("".join(line + "\n" for line in kept))
+        print(f"resuming {self.path} after step {step}")
+        return step
+
+    def checkpoint(self, model, optimizers, step):
+        """Write what `start` reads back."""
+        state = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        for i, optimizer in enumerate(optimizers):
+            for parameter, values in optimizer.state_dict()["state"].items():
+                for name, value in values.items():
+                    state[f"optim.{i}.{parameter}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        state["step"] = torch.tensor(step)
+        write_atomic(self.path / "resume" / "state.safetensors", lambda file: save_file(state, file))
+
+    def log(self, **row):
+        """Append one object to log.jsonl.  A non-finite loss stops the run; the last checkpoint stays."""
+        row["seconds"] = round(time.time() - self.began, 2)
+        if not math.isfinite(row.get("loss", 0.0)):
+            raise UserError(f"loss is {row['loss']} at step {row['step']}; {self.path} keeps its last good state: lower --lr and rerun")
+        with open(self.path / "log.jsonl", "a") as file:
+            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+    def episodes(self, step, episodes):
+        """Append three whole episodes to `episodes.txt`; each is (question, response, verdict)."""
+        with open(self.path / "episodes.txt", "a") as file:
+            for question, text, verdict in random.Random(step).sample(episodes, min(3, len(episodes))):
+                file.write(f"==== step {step} | {verdict}\n{question}\n{text}\n\n")
+
+    def finish(self, model, tokenizer):
+        """Write the stage's checkpoint and drop `resume/`."""
+        save(model, tokenizer, self.path)
+        shutil.rmtree(self.path / "resume", ignore_errors=True)
+        print(f"wrote {self.path} ({time.time() - self.began:.0f} s)")
+
+
+def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.95)):
+    """AdamW on everything; with muon_lr > 0, Muon on the matrices of the blocks and AdamW on the rest (pretraining only)."""
+    matrices = [p for p in model.model["layers"].parameters() if p.dim() == 2] if muon_lr else []
+    taken = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0)]
+    if muon_lr:
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01))
+    for optimizer in optimizers:
+        for g in optimizer.param_groups:
+            g["base_lr"] = g["lr"]
+    return optimizers
+
+
+def set_lr(optimizers, factor):
+    """Every learning rate = its base times factor."""
+    for optimizer in optimizers:
+        for g in optimizer.param_groups:
+            g["lr"] = g["base_lr"] * factor
+
+
+def response_text(tokenizer, ids):
+    """Decoded response without chat markup; tags stay, whether they are text or tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def print_inherited(path):
+    """One line on what the checkpoint at path was made with."""
+    file = Path(path) / "args.json"
+    made = json.loads(file.read_text()) if file.is_file() else {}
+    told = ", ".join(f"{k} {v}" for k, v in made.items() if k in ("init", "steps", "lr", "seed", "kind", "sequential"))
+    print(f"init: {path} ({told or 'no args.json: not made by this project'})")
+
+
+def pad_rows(rows, value):
+    """Right-pad integer lists to one tensor: [[1, 2], [3]], 0 -> [[1, 2], [3, 0]].  Causal masks hide the padding."""
+    T = max(len(row) for row in rows)
+    return torch.tensor([list(row) + [value] * (T - len(row)) for row in rows])  # (B, T)
+
+
+# ======================================================================================================================
+# 7. Pretraining the tiny base
+# ======================================================================================================================
+
+
+def corpus_batches(tokenizer, args, step):
+    """The micro-batches of one step: (ids (B, T), mask (B, T)), mask True where a token is learned (the responses).
+
+    Seeded by (seed, step), so a resumed run sees what it would have seen.  Documents of a step are sorted by length, which
+    leaves a few per cent of padding and lets attention take its fastest, purely causal path.
+    """
+    rng, docs = random.Random(f"{args.seed}/{step}"), []
+    while sum(len(ids) for ids, _ in docs) < args.batch_tokens:
+        question, system, response = corpus_document(rng, args.slip, args.valid_share, args.malformed_share)
+        prompt = prompt_ids(tokenizer, question, system)
+        docs.append((prompt + tokenizer.encode(response) + [tokenizer.eos_token_id], len(prompt)))
+    docs.sort(key=lambda d: len(d[0]))
+    size = math.ceil(len(docs) / args.micro_batches)
+    for i in range(0, len(docs), size):
+        ids = pad_rows([d[0] for d in docs[i : i + size]], tokenizer.pad_token_id)
+        starts, ends = torch.tensor([[p, len(d)] for d, p in docs[i : i + size]]).unbind(1)
+        column = torch.arange(ids.shape[1])[None]
+        yield ids, (column >= starts[:, None]) & (column < ends[:, None])
+
+
+def measure_base(path, n, seed, device):
+    """What the saved base can do, sampled by transformers' own `generate` (temperature 1): proof that the checkpoint is an
+    ordinary one.  Returns {kind: {accuracy when asked plainly, accuracy and valid share when asked for the format}}."""
+    model = AutoModelForCausalLM.from_pretrained(path).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    torch.manual_seed(seed)
+    table = {}
+    for kind in KINDS:
+        problems, row = make_problems(kind, "tune", n, seed), {}
+        for name, system in (("plain", PLAIN_PROMPT), ("format", FORMAT_PROMPT)):
+            prompts = [{"input_ids": prompt_ids(tokenizer, p.question, system)} for p in problems]
+            batch = tokenizer.pad(prompts, return_tensors="pt").to(device)
+            out = model.generate(**batch, max_new_tokens=512, do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
+            texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            row[f"{name} accuracy"] = sum(p.verify(t) for p, t in zip(problems, texts)) / n
+            row[f"{name} valid"] = sum(map(is_canonical, texts)) / n
+        table[kind] = row
+    return table
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", default="out/stage0", help="folder to write the checkpoint to")
+    p.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    p.add_argument("--batch-tokens", type=int, default=16_384, help="tokens per optimizer step, prompts included")
+    p.add_argument("--micro-batches", type=int, default=4, help="pieces a step is cut into, by document length")
+    p.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate (embeddings and norms)")
+    p.add_argument("--muon-lr", type=float, default=4e-3, help="Muon learning rate (matrices)")
+    p.add_argument("--warmdown", type=float, default=0.3, help="share of the steps over which the rate falls to zero at the end")
+    p.add_argument("--slip", type=float, default=0.05, help="probability that a single result in the corpus is wrong")
+    p.add_argument("--valid-share", type=float, default=0.25, help="share of format-asking documents that are perfect")
+    p.add_argument("--malformed-share", type=float, default=0.15, help="share of format-asking documents that nearly are")
+    p.add_argument("--hidden-size", type=int, default=128, help="width of the model, C")
+    p.add_argument("--layers", type=int, default=4, help="number of blocks")
+    p.add_argument("--save-every", type=int, default=200, help="steps between resume points")
+    p.add_argument("--measure", type=int, default=200, help="problems per kind for the closing measurement, 0 for none")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights and data")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    run = Run(args)
+
+    # ---- tokenizer and model ----
+    rng = random.Random(f"{args.seed}/tokenizer")
+    docs = [corpus_document(rng, args.slip, 0.5, 0.2) for _ in range(2000)]
+    tokenizer = train_tokenizer(text for doc in docs for text in doc + ("system", "user", "assistant"))
+    C = args.hidden_size
+    config = Qwen3Config(
+        vocab_size=math.ceil(len(tokenizer) / 16) * 16 + 16,  # spare rows, as in Qwen3: stage 2's tags will fit without resizing
+        hidden_size=C, intermediate_size=3 * C, num_hidden_layers=args.layers,
+        num_attention_heads=C // 32, num_key_value_heads=max(1, C // 64), eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = Qwen3(config).to(device)
+    print(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens in the vocabulary")
+    optimizers = make_optimizers(model, args.lr, args.muon_lr)
+    first = run.start(model, optimizers)
+
+    # ---- train ----
+    bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 0", mininterval=1.0)
+    for step in bar:
+        began, batches = time.time(), list(corpus_batches(tokenizer, args, step))
+        learned = sum(int(mask[:, 1:].sum()) for _, mask in batches)
+        loss = 0.0
+        for ids, mask in batches:
+            ids, mask = ids.to(device), mask.to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = model(ids[:, :-1])  # (B, T-1, V)
+            nll = F.cross_entropy(logits[mask[:, 1:]].float(), ids[:, 1:][mask[:, 1:]], reduction="sum") / learned
+            nll.backward()
+            loss += nll.item()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        # a short warm-up, then flat: the loss sits on a plateau for millions of tokens before arithmetic clicks
+        set_lr(optimizers, min(1.0, step / 50, (args.steps + 1 - step) / max(1.0, args.warmdown * args.steps)))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        tokens = sum(ids.numel() for ids, _ in batches)
+        run.log(step=step, loss=loss, grad_norm=norm, tokens_per_second=tokens / (time.time() - began))
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / (time.time() - began):.0f}", refresh=False)
+        if step % args.save_every == 0:
+            run.checkpoint(model, optimizers, step)
+    run.finish(model, tokenizer)
+
+    # ---- what can it do? ----
+    if args.measure:
+        print(f"what the base can do ({args.measure} problems per kind of the tune split, temperature 1, transformers' generate):")
+        for kind, row in measure_base(run.path, args.measure, args.seed, device).items():
+            print(f"  {kind:10s} " + "   ".join(f"{k} {v:.1%}" for k, v in row.items()))
+
+
+if __name__ == "__main__":
+    run_main(main)

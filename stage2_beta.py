@@ -1,0 +1,232 @@
+r"""Stage 2, NPR-BETA: learn to decode in parallel, from the model's own accepted samples.
+
+In : out/stage1 (samples sequentially, tags are text).      Out: out/stage2/ (decodes in parallel, tags are tokens), out/stage2/data/.
+
+1. Rejection sampling: K responses per question; keep those whose answer is right AND whose format is perfect.
+2. The eight tags become single tokens, each embedding starting as the mean over its word's tokens.
+3. Fine-tune with the layout of engine.py: the steps of a block share their positions and cannot see each other.
+   L = -(1/N) sum_t log p(y_t | what the layout lets it see), over response tokens that the engine samples.
+
+    python stage2_beta.py                         # reads out/stage1, writes out/stage2
+    python stage2_beta.py --sequential --data out/stage2/data --out out/stage2_seq     # SR-BETA, the sequential twin
+
+Differences from the paper: (1) tokens that the engine forces (`<step>`, its number, `<takeaway>`) carry no loss in parallel mode: they
+are never sampled, and a branch cannot know its number from what it sees.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import torch
+from tokenizers import AddedToken
+from tqdm import tqdm
+
+from engine import TAGS, Engine, Sequence, batches, layout, tag_token_ids, token_logprobs
+from stage0_model import (
+    FORMAT_PROMPT, KINDS, Run, UserError, load, make_optimizers, make_problems, pick_device, print_inherited,
+    prompt_ids, response_text, run_main, set_lr,
+)  # fmt: skip
+from stage1_zero import parse_response
+
+# ======================================================================================================================
+# 1. Rejection sampling
+# ======================================================================================================================
+
+
+def rejection_sample(engine, problems, samples, keep, max_new_tokens, temperature, seed, keep_wrong=False):
+    """Sample every problem and keep at most `keep` distinct right and perfectly formatted responses of each.
+
+    Returns (records, reasons): records are dicts for `datasets` (problem, kind, response, plans, blocks, tokens); reasons counts
+    what happened to every sample: accepted, duplicate, over the cap, wrong answer, or the worst format violation.
+    """
+    tokenizer, records, reasons = engine.tokenizer, [], Counter()
+    prompts = [prompt_ids(tokenizer, p.question, FORMAT_PROMPT) for p in problems]
+    responses = engine.generate(
+        prompts, n=samples, parallel=False, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=True
+    )
+    for problem, rollouts in zip(problems, responses):
+        kept = set()
+        for rollout in rollouts:
+            text = response_text(tokenizer, rollout.ids)
+            parsed = parse_response(text)
+            if rollout.finish_reason != "stop":
+                reasons["truncated"] += 1
+            elif parsed.violations:
+                reasons[f"format: {parsed.violations[0]}"] += 1
+            elif not keep_wrong and not problem.verify(text):
+                reasons["wrong answer"] += 1
+            elif text in kept:
+                reasons["duplicate"] += 1
+            elif len(kept) == keep:
+                reasons["over the cap per problem"] += 1
+            else:
+                kept.add(text)
+                reasons["accepted"] += 1
+                records.append(
+                    {
+                        "problem": problem.question, "kind": problem.kind, "response": text, "tokens": len(rollout.ids),
+                        "blocks": len(parsed.blocks), "plans": sum(len(plans) for plans, _, _ in parsed.blocks),
+                    }  # fmt: skip
+                )
+    return records, reasons
+
+
+# ======================================================================================================================
+# 2. Tag tokens
+# ======================================================================================================================
+
+
+def add_tag_tokens(model, tokenizer):
+    """Make each of TAGS one token.  Its embedding, and its output row if untied, start as the mean over the tokens it was spelled
+    with.  Spare embedding rows are used first (Qwen3 has 267 of them); the matrices grow only when they must, and never shrink.
+    A tokenizer that already has the tags is left alone.
+    """
+    vocabulary = tokenizer.get_vocab()
+    new = [tag for tag in TAGS if tag not in vocabulary]
+    spelled = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in new}
+    # like Qwen3's own <think>: one token, yet not 'special', so decoding with skip_special_tokens keeps the structure
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in new])
+    with torch.no_grad():
+        for module in [model.model["embed_tokens"]] + ([] if model.config.tie_word_embeddings else [model.lm_head]):
+            missing = len(tokenizer) - module.weight.shape[0]
+            if missing > 0:
+                extra = module.weight.mean(0, keepdim=True).repeat(missing, 1)
+                module.weight = torch.nn.Parameter(torch.cat([module.weight, extra]))
+            for tag in new:
+                module.weight[tokenizer.convert_tokens_to_ids(tag)] = module.weight[spelled[tag]].mean(0)
+    model.config.vocab_size = model.model["embed_tokens"].weight.shape[0]
+
+
+def encode_response(tokenizer, text, sequential):
+    """A response text -> (ids with end of turn, Layout or None, forced flags).
+
+    forced is True for what the engine writes by itself in parallel mode.  Raises MalformedTrajectory for text with broken tags.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+    if sequential:
+        return ids, None, [False] * len(ids)
+    tag_ids = tag_token_ids(tokenizer)
+    forced, branch = [False] * len(ids), 0
+    for i, token in enumerate(ids):
+        if token == tag_ids["</guideline>"]:
+            branch = 0
+        elif token == tag_ids["<takeaway>"]:
+            forced[i] = True
+        elif token == tag_ids["<step>"]:
+            branch += 1
+            opening = 1 + len(tokenizer.encode(f"{branch}:", add_special_tokens=False))
+            forced[i : i + opening] = [True] * opening
+    return ids, layout(ids, tag_ids), forced
+
+
+# ======================================================================================================================
+# 3. Parallel fine-tuning
+# ======================================================================================================================
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--init", default="out/stage1", help="checkpoint that is sampled and then fine-tuned: folder or hub name")
+    p.add_argument("--out", default="out/stage2", help="folder to write the checkpoint to")
+    p.add_argument("--data", default="", help="a dataset this stage saved before, used instead of sampling")
+    p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to sample")
+    p.add_argument("--problems", type=int, default=1200, help="questions to sample")
+    p.add_argument("--samples", type=int, default=4, help="responses per question, K")
+    p.add_argument("--keep", type=int, default=2, help="accepted responses kept per question at most, m")
+    p.add_argument("--keep-wrong", action="store_true", help="ablation: filter by format alone, wrong answers stay in")
+    p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
+    p.add_argument("--sequential", action="store_true", help="the twin SR-BETA: same data and updates, causal mask, all tokens learned")
+    p.add_argument("--epochs", type=float, default=3.0, help="passes over the accepted samples")
+    p.add_argument("--batch-tokens", type=int, default=6_144, help="padded tokens per update")
+    p.add_argument("--lr", type=float, default=5e-4, help="peak AdamW learning rate, falling linearly to zero")
+    p.add_argument("--save-every", type=int, default=100, help="updates between resume points")
+    p.add_argument("--seed", type=int, default=0, help="seed of problems, sampling and order")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    print_inherited(args.init)
+    model, tokenizer = load(args.init, device)
+    run = Run(args)
+
+    # ---- data: sampled by the checkpoint itself, or read back ----
+    path = Path(args.data) if args.data else run.path / "data"
+    if args.data and not path.is_dir():
+        raise UserError(f"--data {path}: no such folder; expected a dataset saved by stage 2, e.g. out/stage2/data")
+    if not path.is_dir():
+        problems = make_problems(args.kind, "train", args.problems, f"{args.seed}/rejection")
+        engine = Engine(model, tokenizer)
+        records, reasons = rejection_sample(
+            engine, problems, args.samples, args.keep, args.max_new_tokens, args.temperature, args.seed, args.keep_wrong
+        )
+        del engine
+        if not records:
+            raise UserError(f"none of {sum(reasons.values())} samples was accepted ({dict(reasons)}); train stage 1 for longer")
+        datasets.Dataset.from_list(records).save_to_disk(str(path.with_name("data.part")))
+        path.with_name("data.part").rename(path)
+        (run.path / "rejection.json").write_text(json.dumps(dict(reasons.most_common()), indent=2) + "\n")
+        print(f"sampled {sum(reasons.values())}: " + ", ".join(f"{name} {n}" for name, n in reasons.most_common()))
+    data = datasets.load_from_disk(str(path))
+    for column in ("problem", "response"):
+        if column not in data.column_names:
+            raise UserError(f"{path}: no column {column!r} (columns: {', '.join(data.column_names)}); expected a dataset of stage 2")
+
+    # ---- tag tokens ----
+    add_tag_tokens(model, tokenizer)
+    optimizers = make_optimizers(model, args.lr)
+    first = run.start(model, optimizers)
+    sequences, forced = [], []
+    for row in data:
+        ids, laid, written = encode_response(tokenizer, row["response"], args.sequential)
+        sequences.append(Sequence(prompt_ids(tokenizer, row["problem"], FORMAT_PROMPT), ids, laid))
+        forced.append(written)
+    spelled = sum(data["tokens"]) if "tokens" in data.column_names else 0
+    print(f"{len(sequences)} responses, {sum(len(s.ids) for s in sequences)} tokens (with tags spelled out: {spelled})")
+
+    # ---- train: batches of similar lengths in random order, a new order each epoch ----
+    per_epoch = len(list(batches(sequences, args.batch_tokens)))
+    steps = max(1, round(args.epochs * per_epoch))
+    bar = tqdm(range(first + 1, steps + 1), initial=first, total=steps, desc="stage 2", mininterval=1.0)
+    queue, epoch = [], -1
+    for step in bar:
+        began = time.time()
+        if not queue or epoch != (step - 1) // per_epoch:  # the epoch a resumed run is in, from where it left off
+            epoch, rng = (step - 1) // per_epoch, random.Random(f"{args.seed}/{(step - 1) // per_epoch}")
+            jitter = rng.sample(range(len(sequences)), len(sequences))  # which of equally long responses share a batch
+            cut = list(batches([sequences[i] for i in jitter], args.batch_tokens, device, tokenizer.pad_token_id or 0))
+            rng.shuffle(cut)
+            queue = cut[(step - 1) % per_epoch :]
+        rows, ids, laid, mask = queue.pop(0)
+        for b, i in enumerate(rows):  # what the engine writes is not learned
+            start = len(sequences[jitter[i]].prompt)
+            written = torch.tensor(forced[jitter[i]], device=device)
+            mask[b, start : start + len(written)] &= ~written
+        logprobs, entropy = token_logprobs(model, ids, laid)  # (B, T)
+        loss = -logprobs[mask].mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        set_lr(optimizers, min(1.0, step / 20) * (1 - (step - 1) / steps))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        run.log(
+            step=step, loss=loss.item(), entropy=entropy[mask].mean().item(), grad_norm=norm, epoch=epoch,
+            tokens_per_second=ids.numel() / (time.time() - began),
+        )  # fmt: skip
+        bar.set_postfix(loss=f"{loss.item():.3f}", tok_s=f"{ids.numel() / (time.time() - began):.0f}", refresh=False)
+        if step % args.save_every == 0:
+            run.checkpoint(model, optimizers, step)
+    run.finish(model, tokenizer)
+
+
+if __name__ == "__main__":
+    run_main(main)

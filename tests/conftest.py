@@ -1,0 +1,120 @@
+"""What the tests share: a small tokenizer, random models, and an engine that follows a script (so that trees of any shape can be
+decoded without training anything)."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import engine as engine_module  # noqa: E402
+import stage0_model as stage0  # noqa: E402
+from engine import TAGS, Engine, tag_token_ids  # noqa: E402
+
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer():
+    """The tokenizer of stages 0 and 1: tags are ordinary text."""
+    rng = random.Random(0)
+    docs = [stage0.corpus_document(rng, 0.05, 0.5, 0.2) for _ in range(300)]
+    return stage0.train_tokenizer(text for doc in docs for text in doc + ("system", "user", "assistant"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(plain_tokenizer, tmp_path_factory):
+    """The tokenizer of stages 2 and 3: the eight tags are single tokens."""
+    from transformers import AutoTokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer")
+    plain_tokenizer.save_pretrained(path)
+    tagged = AutoTokenizer.from_pretrained(path)
+    tagged.add_tokens(list(TAGS), special_tokens=True)
+    return tagged
+
+
+@pytest.fixture(scope="session")
+def tag_ids(tokenizer):
+    return tag_token_ids(tokenizer)
+
+
+def random_model(vocab, seed=0, std=0.2, **overrides):
+    """A small random Qwen3 whose attention matters: with the usual tiny initial weights every mask would look right."""
+    torch.manual_seed(seed)
+    config = dict(vocab_size=vocab, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    config |= dict(num_key_value_heads=2, head_dim=16, eos_token_id=2, initializer_range=std, tie_word_embeddings=False)
+    model = stage0.Qwen3(stage0.Qwen3Config(**(config | overrides)))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer):
+    return random_model(len(tokenizer) + 5)
+
+
+def random_script(rng, tokenizer, tag_ids, max_blocks=4, max_branches=8, max_length=12, min_blocks=1):
+    """A random trajectory as {(block, branch): ids to sample}, the trunk under (0, 0); forced tokens are not in it."""
+    word = lambda low, high: [rng.randrange(40, 250) for _ in range(rng.randint(low, high))]  # noqa: E731
+    t, trunk, script = tag_ids, word(0, 3), {}
+    for block in range(1, rng.randint(min_blocks, max_blocks) + 1):
+        trunk.append(t["<guideline>"])
+        for branch in range(1, rng.randint(1, max_branches) + 1):
+            trunk += [t["<plan>"], *tokenizer.encode(f"{branch}:ab"), t["</plan>"]]
+            script[block, branch] = word(0, max_length) + [t["</step>"]]
+        trunk += [t["</guideline>"], *word(0, 4), t["</takeaway>"]]
+    script[0, 0] = trunk + word(0, 5) + [tokenizer.eos_token_id]
+    return script
+
+
+class ScriptedEngine(Engine):
+    """Samples what `script_of(request)` says instead of drawing; log-probabilities stay the model's own.  The script position is
+    read off the request, so preemption and batching cannot confuse it.  A token of None leaves the draw to the model."""
+
+    script_of = None
+
+    def sample(self, logits):
+        tokens, logprobs = super().sample(logits)
+        log_p, m = logits.float().log_softmax(-1), 0
+        for request in self.active:
+            script = self.script_of(request)
+            for head in request.heads:
+                key = (request.group[head], request.branch[head])
+                done = sum(
+                    (g, b) == key and not f for g, b, f in zip(request.group, request.branch, request.forced)
+                )  # tokens sampled so far in this branch; the prompt counts as forced
+                token = script.get(key, [])[done : done + 1]
+                if token and token[0] is not None:
+                    tokens[m], logprobs[m] = token[0], log_p[m, token[0]].item()
+                m += 1
+        return tokens, logprobs
+
+
+def random_prompts(rng, n, low=3, high=20):
+    return [[rng.randrange(40, 250) for _ in range(rng.randint(low, high))] for _ in range(n)]
+
+
+def rescore(model, prompts, rollouts, layouts=None):
+    """Teacher-forced log-probabilities of every rollout, one at a time: the slow path the engine is compared with."""
+    scores = []
+    for i, (prompt, rollout) in enumerate(zip(prompts, rollouts)):
+        laid = layouts[i] if layouts else rollout.layout
+        [(_, ids, batch_layout, mask)] = engine_module.batches([engine_module.Sequence(prompt, rollout.ids, laid)], 10**6)
+        with torch.no_grad():
+            logprobs, _ = engine_module.token_logprobs(model, ids, batch_layout)
+        scores.append(logprobs[mask].numpy())
+    return scores
+
+
+def worst_gap(rollouts, scores):
+    """Largest difference between the engine's log-probabilities and the rescored ones, over sampled tokens."""
+    gaps = [np.abs(np.array(r.logprobs) - s)[~np.array(r.forced)] for r, s in zip(rollouts, scores)]
+    return max(float(g.max()) for g in gaps if len(g))

@@ -1,0 +1,118 @@
+"""The model and its checkpoints against transformers' Qwen3; the errors of a wrong checkpoint."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import Qwen3Config as HFConfig
+from transformers import Qwen3ForCausalLM
+
+import stage0_model as stage0
+
+CONFIGS = [
+    dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
+    dict(num_attention_heads=4, num_key_value_heads=4, head_dim=16, tie_word_embeddings=False),
+    dict(num_attention_heads=8, num_key_value_heads=1, head_dim=24, tie_word_embeddings=True, rope_theta=1e6),
+    dict(num_attention_heads=6, num_key_value_heads=2, head_dim=20, tie_word_embeddings=False, rope_theta=5e6, rms_norm_eps=1e-5),
+]
+
+
+@pytest.mark.parametrize("overrides", CONFIGS)
+def test_logits_equal_transformers_after_save_and_load(tmp_path, plain_tokenizer, overrides):
+    model = random_model(len(plain_tokenizer), seed=1, **overrides)
+    stage0.save(model, plain_tokenizer, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, len(plain_tokenizer), (3, 70))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    ours, tokenizer = stage0.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(ours(ids), model(ids))
+    assert tokenizer.encode("1:ab</step>") == plain_tokenizer.encode("1:ab</step>")
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == plain_tokenizer.chat_template
+
+
+@pytest.mark.parametrize("flat_theta", [True, False])
+def test_load_reads_a_checkpoint_that_transformers_wrote(tmp_path, plain_tokenizer, flat_theta):
+    torch.manual_seed(0)
+    config = HFConfig(
+        vocab_size=400, hidden_size=40, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, rope_theta=1e6, tie_word_embeddings=False, eos_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    theirs = Qwen3ForCausalLM(config)
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")  # several shards
+    plain_tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    raw = json.loads((tmp_path / "config.json").read_text())
+    theta = (raw.get("rope_parameters") or {}).get("rope_theta", raw.get("rope_theta"))
+    if flat_theta:
+        raw.pop("rope_parameters", None)
+        raw["rope_theta"] = theta
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours, _ = stage0.load(tmp_path)
+    ids = torch.randint(0, 400, (2, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_layout_makes_branches_blind_to_each_other_and_position_shifts_show(tokenizer, tag_ids, model):
+    """The masked forward equals separate causal forwards: trunk + branch b alone gives branch b's logits."""
+    from engine import layout
+
+    text = "<guideline><plan>1:a</plan><plan>2:b</plan></guideline>"
+    trunk = tokenizer.encode(text)
+    b1, b2 = tokenizer.encode("<step>1:xyz</step>"), tokenizer.encode("<step>2:pqrstu</step>")
+    tail = tokenizer.encode("<takeaway>c</takeaway>")
+    ids = trunk + b1 + b2 + tail
+    with torch.no_grad():
+        whole = model(torch.tensor([ids]), layout(ids, tag_ids))[0]
+        alone = model(torch.tensor([trunk + b2]))[0]
+    n = len(trunk)
+    torch.testing.assert_close(whole[:n], alone[:n], atol=1e-4, rtol=0)
+    torch.testing.assert_close(whole[n + len(b1) : n + len(b1) + len(b2)], alone[n:], atol=1e-4, rtol=0)
+    with torch.no_grad():
+        causal = model(torch.tensor([ids]))[0]
+    assert (whole - causal)[n + len(b1) :].abs().max() > 1e-2
+
+
+def spoil(path, **changes):
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(raw | changes))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: (p / "config.json").unlink(), "config.json is missing"),
+        (lambda p: spoil(p, model_type="llama"), "model_type is 'llama'"),
+        (lambda p: spoil(p, rope_parameters=None, rope_theta=None), "rope_theta missing"),
+        (lambda p: spoil(p, rope_scaling={"type": "yarn"}), "rope_scaling is not supported"),
+        (lambda p: spoil(p, quantization_config={"bits": 4}), "quantization_config is not supported"),
+        (lambda p: spoil(p, hidden_size=64), "do not fit config.json"),
+        (lambda p: (p / "model.safetensors").unlink(), "no .safetensors weights"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"junk"), "not a readable safetensors"),
+    ],
+)
+def test_a_wrong_checkpoint_is_refused_in_one_line(tmp_path, plain_tokenizer, damage, message):
+    stage0.save(random_model(len(plain_tokenizer)), plain_tokenizer, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(stage0.UserError, match=message) as caught:
+        stage0.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_is_refused():
+    with pytest.raises(stage0.UserError, match="no such checkpoint folder"):
+        stage0.load("out/nowhere")
+
+
+def test_a_duplicate_lm_head_of_a_tied_checkpoint_is_ignored(tmp_path, plain_tokenizer):
+    model = random_model(len(plain_tokenizer), tie_word_embeddings=True)
+    stage0.save(model, plain_tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    ours, _ = stage0.load(tmp_path)
+    assert set(ours.state_dict()) == set(model.state_dict())

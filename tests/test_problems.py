@@ -1,0 +1,139 @@
+"""The synthetic world: splits, verifier, corpus."""
+
+import random
+
+import pytest
+
+import stage0_model as stage0
+from stage0_model import KINDS, evaluate, last_boxed, make_problems
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "all"])
+def test_problems_are_seeded_distinct_and_splits_are_disjoint(kind):
+    seen = {split: {p.question for p in make_problems(kind, split, 150, seed=3)} for split in ("train", "tune", "heldout")}
+    assert all(len(questions) == 150 for questions in seen.values())
+    assert not (seen["train"] & seen["tune"]) and not (seen["train"] & seen["heldout"]) and not (seen["tune"] & seen["heldout"])
+    again = make_problems(kind, "heldout", 150, seed=3)
+    assert {p.question for p in again} == seen["heldout"]
+    assert {p.question for p in make_problems(kind, "heldout", 150, seed=4)} != seen["heldout"]
+
+
+def test_the_corpus_never_holds_a_heldout_or_tune_question():
+    rng = random.Random(0)
+    for _ in range(500):
+        question, _, _ = stage0.corpus_document(rng, 0.05, 0.25, 0.15)
+        assert stage0.split_of(question) == "train"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("split", ["train", "hard"])
+def test_the_stated_answer_is_right_by_an_independent_calculation(kind, split):
+    for p in make_problems(kind, split, 60, seed=0):
+        if kind == "chains":
+            ends = []
+            for chain in p.question.split(" modulo")[0].split(" "):
+                body, value = chain[2:], None
+                numbers, ops = [int(x) for x in __import__("re").split(r"[-+*]", body)], [c for c in body if c in "+-*"]
+                value = numbers[0]
+                for op, n in zip(ops, numbers[1:]):  # left to right, no precedence
+                    value = {"+": value + n, "-": value - n, "*": value * n}[op] % 100
+                ends.append(value)
+            assert int(p.answer) == (max(ends) if "largest" in p.question else min(ends))
+        elif kind == "sums":
+            assert int(p.answer) == eval(p.question.split(" ")[0])  # our own question, not model text
+        else:
+            value, used = evaluate(p.answer)
+            given, target = p.question.split(" make ")
+            assert value == int(target.rstrip("?")) and set(used) <= set(map(int, given.split()))
+        assert p.verify(f"so \\boxed{{{p.answer}}}")
+
+
+def test_hard_problems_have_more_parts_than_any_training_problem():
+    assert all(p.question.count(":") == 8 for p in make_problems("chains", "hard", 20, 0))
+    assert max(p.question.count(":") for p in make_problems("chains", "train", 200, 0)) <= 6
+    assert min(p.question.count("*") for p in make_problems("sums", "hard", 20, 0)) >= 6
+    assert all(len(p.parts["numbers"]) == 4 for p in make_problems("countdown", "hard", 20, 0))
+
+
+def test_clean_worked_solutions_are_right_and_slips_make_some_wrong():
+    rng = random.Random(0)
+    for kind in ("chains", "sums"):
+        problems = make_problems(kind, "train", 100, 0)
+        assert all(p.verify(stage0.tagged_solution(*stage0.work_out(p, rng, 0.0))) for p in problems)
+        slipped = sum(p.verify(stage0.tagged_solution(*stage0.work_out(p, rng, 0.05))) for p in problems)
+        assert 20 < slipped < 95
+    problems = make_problems("countdown", "train", 100, 0)
+    for p in problems:
+        rounds, answer = stage0.work_out(p, rng, 0.0)
+        assert p.verify(stage0.plain_solution(rounds, answer)) == (rounds[-1][2] != "none")
+
+
+def test_malformed_corpus_documents_are_no_shorter_than_valid_ones():
+    rng = random.Random(0)
+    good = bad = 0
+    for p in make_problems("all", "train", 300, 0):
+        rounds, answer = stage0.work_out(p, rng, 0.05)
+        good += len(stage0.tagged_solution(rounds, answer))
+        bad += len(stage0.malformed_solution(rounds, answer, rng))
+    assert bad >= good
+
+
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("\\boxed{24}", True),
+        ("first \\boxed{23} then \\boxed{24}", True),  # the last one counts
+        ("\\boxed{24} then \\boxed{23}", False),
+        ("24", False),
+        ("\\boxed{24", False),
+        ("<step>1:\\boxed{24}</step>", False),  # inside a block
+        ("<takeaway>\\boxed{24}</takeaway> done", False),
+        ("<takeaway>x</takeaway>\\boxed{024}", True),
+        ("\\boxed{2 4}", False),
+        ("\\boxed{__import__('os')}", False),
+    ],
+)
+def test_verifier_reads_only_the_last_box_after_the_last_block(text, right):
+    p = stage0.Problem("sums", "12*2 total?", "24")
+    assert p.verify(text) is right
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("(14-9)*3", True),
+        ("3*(14-9)", True),
+        ("9+3+3", False),  # 3 is given once
+        ("15", False),  # 15 is not given
+        ("14-9*3", False),  # wrong value
+        ("(14-9)*3**1", False),
+        ("2**99999999", False),
+        ("x", False),
+        ("", False),
+    ],
+)
+def test_countdown_accepts_any_expression_that_uses_each_number_once(answer, right):
+    p = stage0.Problem("countdown", "3 9 14 make 15?", "(14-9)*3", {"numbers": [3, 9, 14], "target": 15})
+    assert p.verify(f"\\boxed{{{answer}}}") is right
+
+
+def test_small_readers_do_what_their_docstrings_say():
+    assert last_boxed("x \\boxed{a{b}} y") == "a{b}" and last_boxed("none") is None
+    assert evaluate("(3+4)*2") == (14, [3, 4, 2])
+    assert evaluate("().__class__") == (None, [])
+
+
+def test_unknown_kind_or_split_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown problem kind 'riddles'"):
+        make_problems("riddles", "train", 1, 0)
+    with pytest.raises(ValueError, match="unknown split 'test'"):
+        make_problems("sums", "test", 1, 0)
+
+
+def test_tokenizer_round_trips_any_text_and_splits_digits(plain_tokenizer):
+    for text in ("12+5=17", "<plan>1:A</plan>", "héllo  wörld\n日本", "a\\boxed{7}"):
+        assert plain_tokenizer.decode(plain_tokenizer.encode(text)) == text
+    assert len(plain_tokenizer.encode("1234")) == 4
+    assert len(plain_tokenizer.encode("<guideline>")) == 3  # tags are ordinary text until stage 2
+    prompt = plain_tokenizer.decode(stage0.prompt_ids(plain_tokenizer, "12*2 total?", "Be brief."))
+    assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n12*2 total?<|im_end|>\n<|im_start|>assistant\n"

@@ -1,0 +1,111 @@
+"""Stage 1: every rung of the format reward, and DAPO by hand-worked numbers."""
+
+import random
+
+import pytest
+import torch
+
+import stage0_model as stage0
+from stage1_zero import VIOLATIONS, dapo_advantages, dapo_loss, format_score, overlong_penalty, parse_response
+
+GOOD = (
+    "<guideline><plan>1:A</plan><plan>2:B</plan></guideline><step>1:A7+2=9</step><step>2:B1+1=2</step>"
+    "<takeaway>a9b2</takeaway>\\boxed{9}"
+)
+
+
+@pytest.mark.parametrize(
+    "text, violation",
+    [
+        (GOOD, None),
+        (GOOD.replace("</step><step>", "</step>\n<step>").replace("</plan>", "</plan> "), None),  # white space is no text
+        (GOOD.replace("\\boxed{9}", "so the answer is \\boxed{9}."), None),
+        (GOOD[: GOOD.index("\\boxed")] + GOOD, None),  # two blocks
+        ("a9 b2 \\boxed{9}", "no block"),
+        ("", "no block"),
+        (GOOD.replace("</step><step>", "<step>").replace("</step>", "</step></step>"), "overlapping tags"),
+        (GOOD.replace("</guideline>", ""), "overlapping tags"),
+        (GOOD.replace("<plan>1:A</plan><plan>2:B</plan>", "") + "<plan>1:A</plan>", "overlapping tags"),
+        (GOOD.replace("<takeaway>a9b2</takeaway>", ""), "block out of order"),
+        ("<step>1:A7+2=9</step>" + GOOD, "block out of order"),
+        (GOOD.replace("<takeaway>", "<step>").replace("</takeaway>", "</step>"), "block out of order"),
+        (GOOD.replace("<plan>2:B</plan>", ""), "counts differ"),
+        (GOOD.replace("<step>2:B1+1=2</step>", ""), "counts differ"),
+        (GOOD.replace("<plan>1:A</plan><plan>2:B</plan>", "").replace("<step>1:A7+2=9</step><step>2:B1+1=2</step>", "<step>1:abc</step>"), "counts differ"),
+        (GOOD.replace("<step>1:", "<step>2:"), "numbering"),
+        (GOOD.replace("<plan>1:", "<plan>"), "numbering"),
+        (GOOD.replace("\\boxed{9}", "9"), "no answer"),
+        (GOOD + " or \\boxed{8}", "no answer"),
+        (GOOD.replace("a9b2</takeaway>\\boxed{9}", "\\boxed{9}</takeaway>"), "no answer"),
+        ("First " + GOOD, "text between tags"),
+        (GOOD.replace("</step><step>", "</step> next <step>"), "text between tags"),
+        (GOOD.replace("</plan><plan>", "</plan>and<plan>"), "text between tags"),
+        (GOOD[: GOOD.index("\\boxed")] + "then" + GOOD, "text between tags"),
+        (GOOD.replace("A7+2=9", "A"), "nearly empty"),
+        (GOOD.replace("1:A<", "1: <"), "nearly empty"),
+        (GOOD.replace("a9b2", " "), "nearly empty"),
+    ],
+)  # fmt: skip
+def test_each_rung_of_the_format_reward(text, violation):
+    found = parse_response(text).violations
+    assert (found[0] if found else None) == violation
+    assert format_score(text) == (VIOLATIONS[violation] if violation else 0.0)
+
+
+def test_every_violation_costs_more_than_a_wrong_answer():
+    assert all(-2 <= score <= -1.1 for score in VIOLATIONS.values())
+
+
+def test_parse_response_reads_blocks_and_final_text():
+    response = parse_response(GOOD)
+    assert response.blocks == [(["A", "B"], ["A7+2=9", "B1+1=2"], "a9b2")] and response.final == "\\boxed{9}"
+    example = parse_response("<guideline><plan>1:A</plan></guideline><step>1:A7+2=9</step><takeaway>9</takeaway>\\boxed{9}")
+    assert (example.blocks, example.final, example.violations) == ([(["A"], ["A7+2=9"], "9")], "\\boxed{9}", [])
+
+
+def test_parser_never_raises_on_shuffled_tags():
+    rng = random.Random(0)
+    bits = ["<guideline>", "</guideline>", "<plan>", "</plan>", "<step>", "</step>", "<takeaway>", "</takeaway>", "1:ab", "\\boxed{3}", " "]
+    for _ in range(3000):
+        text = "".join(rng.choices(bits, k=rng.randint(0, 14)))
+        assert format_score(text) == 0 or -2 <= format_score(text) <= -1.1
+
+
+def test_the_corpus_knows_its_valid_from_its_malformed():
+    rng = random.Random(0)
+    for _ in range(600):
+        problem = stage0.draw_problem(rng.choice(stage0.KINDS), rng)
+        rounds, answer = stage0.work_out(problem, rng, 0.05)
+        good, bad = stage0.tagged_solution(rounds, answer), stage0.malformed_solution(rounds, answer, rng)
+        assert format_score(good) == 0 and stage0.is_canonical(good)
+        assert format_score(bad) < 0 and not stage0.is_canonical(bad)
+        assert format_score(stage0.plain_solution(rounds, answer)) == -2
+
+
+def test_dapo_advantage_by_hand():
+    A = dapo_advantages([1, -1, -1, -1, 1, 1], [0, 0, 0, 0, 7, 7])
+    # group 0: mean -0.5, population std sqrt(((1.5)^2 + 3 * 0.5^2) / 4) = 0.8660; group 7 has no spread
+    torch.testing.assert_close(A, torch.tensor([1.7320, -0.5774, -0.5774, -0.5774, 0.0, 0.0]), atol=1e-4, rtol=0)
+
+
+def test_dapo_loss_clips_by_hand():
+    old = torch.zeros(2, 2)
+    ratio = torch.tensor([[1.5, 1.1], [0.5, 0.9]])
+    logprobs = ratio.log().requires_grad_()
+    loss = dapo_loss(logprobs, old, torch.tensor([1.0, -2.0]), torch.ones(2, 2, dtype=torch.bool))
+    # row 1: min(1.5, 1.28) + 1.1; row 2: min(-1.0, -1.6) + -1.8; mean over 4 tokens
+    assert abs(loss.item() - -(1.28 + 1.1 - 1.6 - 1.8) / 4) < 1e-6
+    loss.backward()
+    assert logprobs.grad[0, 0] == 0 and logprobs.grad[1, 0] == 0  # beyond the clip: no gradient
+    assert abs(logprobs.grad[0, 1].item() - -1.1 / 4) < 1e-6  # d ratio / d logprob = ratio
+
+
+def test_dapo_loss_is_a_mean_over_tokens_not_over_responses():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    loss = dapo_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([1.0, -1.0]), mask)
+    assert abs(loss.item() - -(3 * 1.0 - 1 * 1.0) / 4) < 1e-6
+
+
+@pytest.mark.parametrize("num_tokens, penalty", [(0, 0.0), (80, 0.0), (90, -0.5), (100, -1.0), (150, -1.0)])
+def test_soft_overlong_penalty(num_tokens, penalty):
+    assert abs(overlong_penalty(num_tokens, 100, 20) - penalty) < 1e-9
