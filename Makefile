@@ -5,11 +5,13 @@
 
 OUT    ?= out
 PYTHON ?= python3
+VENV   ?= .venv/installed
+SMOKE  ?= out/smoke
 PY     := .venv/bin/python
 DONE   := model.safetensors
 
 all: $(OUT)/eval.json
-	@cat $(OUT)/eval.txt
+	@$(if $(SHOWN),,cat $(OUT)/eval.txt)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=python3.12'"
@@ -17,7 +19,7 @@ all: $(OUT)/eval.json
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(OUT)/stage0/$(DONE): | .venv/installed
+$(OUT)/stage0/$(DONE): | $(VENV)
 	$(PY) stage0_model.py --out $(OUT)/stage0 $(STAGE0)
 
 $(OUT)/stage1/$(DONE): $(OUT)/stage0/$(DONE)
@@ -31,17 +33,18 @@ $(OUT)/stage3/$(DONE): $(OUT)/stage2/$(DONE)
 
 $(OUT)/eval.json: $(OUT)/stage3/$(DONE)
 	$(PY) eval.py $(OUT)/stage0 $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 --out $(OUT) $(EVAL)
+	$(eval SHOWN := 1)
 
-test: .venv/installed
+test: $(VENV)
 	$(PY) -m pytest -q tests
 
 smoke:
-	$(MAKE) OUT=out/smoke \
-	  STAGE0="--steps 60 --batch-tokens 4096 --hidden-size 64 --layers 2 --measure 8" \
-	  STAGE1="--steps 2 --prompts 3 --group-size 4 --max-new-tokens 96 --max-rounds 1" \
-	  STAGE2="--problems 8 --samples 2 --max-new-tokens 96 --keep-wrong" \
-	  STAGE3="--steps 2 --prompts 3 --group-size 4 --max-new-tokens 160" \
-	  EVAL="--n 6 --max-new-tokens 160 --timed 1"
+	$(MAKE) --no-print-directory OUT=$(SMOKE) \
+	  STAGE0="--steps 400 --batch-tokens 4096 --micro-batches 2 --hidden-size 64 --layers 2 --muon-lr 8e-3 --valid-share 1 --malformed-share 0 --measure 8" \
+	  STAGE1="--kind sums --steps 2 --prompts 3 --group-size 4 --max-new-tokens 320 --max-rounds 1" \
+	  STAGE2="--kind sums --problems 100 --samples 2 --epochs 20 --batch-tokens 2048 --max-new-tokens 320 --keep-wrong" \
+	  STAGE3="--kind sums --steps 2 --prompts 3 --group-size 4 --max-new-tokens 320" \
+	  EVAL="--kind sums --n 12 --max-new-tokens 320 --timed 1"
 
 clean:
 	rm -rf out

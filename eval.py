@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import TAGS, Engine
+from engine import TAGS, Engine, Sequence, batches, token_logprobs
 from stage0_model import (
     FORMAT_PROMPT, KINDS, PLAIN_PROMPT, SPLITS, UserError, load, make_problems, pick_device, prompt_ids, response_text,
     run_main, write_atomic,
@@ -83,6 +83,21 @@ def measure(problems, rollouts, tokenizer):
         "critical path": float(path),
         "tokens/path": float(tokens / path),
     }
+
+
+@torch.no_grad()
+def agreement(engine, problems, mode, rollouts, most=200):
+    """Largest difference between the engine's log-probabilities and a training forward's, over sampled tokens of `most` rollouts."""
+    system = PLAIN_PROMPT if mode == "plain" else FORMAT_PROMPT
+    chosen = [(p, r) for p, rs in zip(problems, rollouts) for r in rs][:most]
+    sequences = [Sequence(prompt_ids(engine.tokenizer, p.question, system), r.ids, r.layout) for p, r in chosen]
+    worst = 0.0
+    for rows, ids, laid, mask in batches(sequences, 16_384, engine.model.device):
+        ours = token_logprobs(engine.model, ids, laid)[0][mask].cpu()
+        theirs = torch.tensor([x for i in rows for x in chosen[i][1].logprobs])
+        sampled = ~torch.tensor([f for i in rows for f in chosen[i][1].forced])
+        worst = max(worst, (ours - theirs)[sampled].abs().max().item())
+    return worst
 
 
 def trace_page(traces):
@@ -149,6 +164,7 @@ def main():
             for kind in dict.fromkeys(p.kind for p in problems):
                 pick = [i for i, p in enumerate(problems) if p.kind == kind]
                 result["kinds"][kind] = measure([problems[i] for i in pick], [rollouts[i] for i in pick], engine.tokenizer)
+            result["logprob gap"] = agreement(engine, problems, mode, rollouts)
             for problem, rs in zip(problems, rollouts):
                 for r in rs:
                     text = response_text(engine.tokenizer, r.ids)
@@ -184,7 +200,7 @@ def main():
             **({"best@k %": percent(r["best@k"])} if args.k > 1 else {}),
             "greedy %": percent(r["greedy"]), "valid %": percent(r["valid"]), "parallel %": percent(r["parallel"]), "plans": f"{r['plans']:.1f}",
             "tokens": f"{r['tokens']:.0f}", "crit. path": f"{r['critical path']:.0f}", "tokens/path": f"{r['tokens/path']:.2f}",
-            "tokens/s": f"{r['tokens/s']:.0f}", "s/answer": f"{r['seconds to answer']:.3f}",
+            "tokens/s": f"{r['tokens/s']:.0f}", "s/answer": f"{r['seconds to answer']:.3f}", "logp gap": f"{r['logprob gap']:.0e}",
         }
         for r in judged
     ]  # fmt: skip

@@ -755,8 +755,8 @@ class Run:
         print(f"wrote {self.path} ({time.time() - self.began:.0f} s)")
 
 
-def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.95)):
-    """AdamW on everything; with muon_lr > 0, Muon on the matrices of the blocks and AdamW on the rest (pretraining only)."""
+def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99)):
+    """AdamW on everything; with muon_lr > 0, Muon on the matrices of the blocks and AdamW on the rest."""
     matrices = [p for p in model.model["layers"].parameters() if p.dim() == 2] if muon_lr else []
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
@@ -843,7 +843,7 @@ def measure_base(path, n, seed, device):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/stage0", help="folder to write the checkpoint to")
-    p.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    p.add_argument("--steps", type=int, default=1250, help="optimizer steps")
     p.add_argument("--batch-tokens", type=int, default=16_384, help="tokens per optimizer step, prompts included")
     p.add_argument("--micro-batches", type=int, default=4, help="pieces a step is cut into, by document length")
     p.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate (embeddings and norms)")

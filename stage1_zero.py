@@ -174,7 +174,7 @@ def parse_args(argv=None):
     p.add_argument("--init", default="out/stage0", help="checkpoint to start from: folder or hub name")
     p.add_argument("--out", default="out/stage1", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
-    p.add_argument("--steps", type=int, default=40, help="rollout batches")
+    p.add_argument("--steps", type=int, default=22, help="rollout batches")
     p.add_argument("--prompts", type=int, default=16, help="questions per step")
     p.add_argument("--group-size", type=int, default=16, help="responses per question, G")
     p.add_argument("--updates", type=int, default=2, help="optimizer updates per step, each on its share of the groups")

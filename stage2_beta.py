@@ -135,16 +135,17 @@ def parse_args(argv=None):
     p.add_argument("--out", default="out/stage2", help="folder to write the checkpoint to")
     p.add_argument("--data", default="", help="a dataset this stage saved before, used instead of sampling")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to sample")
-    p.add_argument("--problems", type=int, default=1200, help="questions to sample")
-    p.add_argument("--samples", type=int, default=4, help="responses per question, K")
+    p.add_argument("--problems", type=int, default=2100, help="questions to sample")
+    p.add_argument("--samples", type=int, default=2, help="responses per question, K")
     p.add_argument("--keep", type=int, default=2, help="accepted responses kept per question at most, m")
     p.add_argument("--keep-wrong", action="store_true", help="ablation: filter by format alone, wrong answers stay in")
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     p.add_argument("--sequential", action="store_true", help="the twin SR-BETA: same data and updates, causal mask, all tokens learned")
     p.add_argument("--epochs", type=float, default=3.0, help="passes over the accepted samples")
-    p.add_argument("--batch-tokens", type=int, default=6_144, help="padded tokens per update")
-    p.add_argument("--lr", type=float, default=5e-4, help="peak AdamW learning rate, falling linearly to zero")
+    p.add_argument("--batch-tokens", type=int, default=4_096, help="padded tokens per update")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model")
+    p.add_argument("--muon-lr", type=float, default=2e-3, help="peak Muon learning rate of the matrices; 0: AdamW does it all")
     p.add_argument("--save-every", type=int, default=100, help="updates between resume points")
     p.add_argument("--seed", type=int, default=0, help="seed of problems, sampling and order")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
@@ -182,7 +183,7 @@ def main():
 
     # ---- tag tokens ----
     add_tag_tokens(model, tokenizer)
-    optimizers = make_optimizers(model, args.lr)
+    optimizers = make_optimizers(model, args.lr, args.muon_lr)
     first = run.start(model, optimizers)
     sequences, forced = [], []
     for row in data:

@@ -67,10 +67,10 @@ def parse_args(argv=None):
     p.add_argument("--init", default="out/stage2", help="checkpoint to start from: folder or hub name")
     p.add_argument("--out", default="out/stage3", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
-    p.add_argument("--steps", type=int, default=50, help="rollout batches, one update each")
-    p.add_argument("--prompts", type=int, default=18, help="questions per step")
+    p.add_argument("--steps", type=int, default=70, help="rollout batches, one update each")
+    p.add_argument("--prompts", type=int, default=33, help="questions per step")
     p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
-    p.add_argument("--lr", type=float, default=1.5e-4, help="AdamW learning rate")
+    p.add_argument("--lr", type=float, default=1e-4, help="AdamW learning rate")
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens, all branches together")
     p.add_argument("--max-branches", type=int, default=8, help="most plans a guideline may have")
     p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts")
@@ -121,7 +121,7 @@ def main():
 
         # ---- advantage, loss, step ----
         set_lr(optimizers, min(1.0, step / 5))
-        loss = entropy = norm = 0.0
+        loss = entropy = norm = gap = 0.0
         groups, rewards = [g for g, *_ in batch], [R for *_, R in batch]
         if batch:
             advantages = (dapo_advantages if args.group_std else papo_advantages)(rewards, groups).to(device)
@@ -139,6 +139,7 @@ def main():
                 else:
                     part = papo_loss(logprobs, advantages[rows], mask, num_tokens)
                 part.backward()
+                gap = max(gap, (logprobs.detach() - old)[mask].abs().max().item())  # before the update: rollout against training
                 entropy += H[mask].sum().item() / num_tokens / (args.clip_updates or 1)
                 loss += part.item() / (args.clip_updates or 1)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -149,7 +150,7 @@ def main():
         # ---- log and save ----
         run.log(
             step=step, loss=loss, reward=reward, valid=valid, accuracy=accuracy, length=length, critical_path=path, plans=plans,
-            entropy=entropy, grad_norm=norm, used=len(batch), sampled=len(judged),
+            entropy=entropy, logprob_gap=gap, grad_norm=norm, used=len(batch), sampled=len(judged),
             tokens_per_second=sum(j[3] for j in judged) / rollout_seconds, rollout_seconds=rollout_seconds,
             step_seconds=time.time() - began,
         )  # fmt: skip
