@@ -1,5 +1,6 @@
 # make         set up, train stages 0-3, print the table (about an hour on 2 cores; CUDA is used when there is one)
 # make test    set up, run the tests            make smoke   every stage and the evaluation at miniature size, a few minutes
+# make bench   the engine against transformers' generate (DEVICE=cuda: on a GPU)
 # make clean   remove what was trained          OUT=out/big  write somewhere else
 # A stage is a file target: a finished one is not run again, a killed one resumes where it left off.
 
@@ -38,6 +39,9 @@ $(OUT)/eval.json: $(OUT)/stage3/$(DONE)
 test: $(VENV)
 	$(PY) -m pytest -q tests
 
+bench: $(VENV)
+	$(PY) tests/bench_engine.py $(if $(DEVICE),--device $(DEVICE)) $(BENCH)
+
 smoke:
 	$(MAKE) --no-print-directory OUT=$(SMOKE) \
 	  STAGE0="--steps 400 --batch-tokens 4096 --micro-batches 2 --hidden-size 64 --layers 2 --muon-lr 8e-3 --valid-share 1 --malformed-share 0 --measure 8" \
@@ -49,4 +53,4 @@ smoke:
 clean:
 	rm -rf out
 
-.PHONY: all test smoke clean
+.PHONY: all test bench smoke clean

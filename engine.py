@@ -17,9 +17,12 @@ A token sees what came before it, except its siblings: tokens of the same group 
 
 import argparse
 import hashlib
+import itertools
 import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -195,10 +198,14 @@ def token_logprobs(model, ids, layout=None):
 # 3. KV memory: one row per request, prompt, trunk and all branches in order of arrival
 # ======================================================================================================================
 # A fork copies nothing: it adds query tokens to the row.  A join recomputes nothing: the trunk's next token sees every slot.
+# Below, one row from the end of a guideline with two plans to its takeaway.  A step of the engine feeds, at once: slots 12-18 (what the
+# fork forces rides along with </guideline>), 19-20, 21-22, and 23-24 (what the join forces rides along with the last </step>).
 #
-#     row r, slot     0 .. 6 |  7    8   9    10   11   12  |   13       14        15   16  |    17
-#     token           ..   g | <s>  1:  <s>   2:    a    b  | </step>     c    </step>   |  <takeaway>
-#     branch          0    0 |  1    1   2    2     1    2  |    1        2         2    |     0
+#     slot       12 | 13  14  15  16  17  18 | 19  20 | 21  22 | 23  24
+#     token      /g |  s   1   :   s   2   : |  x   y | /s   z | /s   t
+#     group       0 |  1   1   1   1   1   1 |  1   1 |  1   1 |  1   0
+#     branch      0 |  1   1   1   2   2   2 |  1   2 |  1   2 |  2   0
+#     position   12 | 13  14  15  13  14  15 | 16  16 | 17  17 | 18  19
 
 
 class KVMemory:
@@ -436,6 +443,8 @@ class Engine:
             bar.close()
         self.stats.seconds += time.time() - began
         self.stats.moved_kv_bytes = self.memory.moved_bytes
+        self.stats.tokens += sum(r.used for r in requests)
+        self.stats.forced_tokens += sum(sum(r.forced[r.prompt_len :]) for r in requests)
         rollouts = [self.result(r) for r in requests]
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
@@ -582,7 +591,7 @@ class Engine:
         if self.temperature == 0:
             token = logits.argmax(-1)  # (M,)
         else:
-            p = (logits / self.temperature).softmax(-1)
+            p = log_p.exp() if self.temperature == self.penalty == 1.0 else (logits / self.temperature).softmax(-1)  # (M, V)
             if self.top_k or self.top_p < 1:
                 ranked, order = p.sort(dim=-1, descending=True)
                 cut = ranked.cumsum(-1) - ranked >= self.top_p  # the smallest set that holds top_p
@@ -686,8 +695,6 @@ class Engine:
         order = np.lexsort((np.arange(len(group)), branch, stage))
         take = lambda x: [x[P + i] for i in order]  # noqa: E731
         laid = Layout(group[order], branch[order], position[order] - P)
-        self.stats.tokens += request.used
-        self.stats.forced_tokens += sum(request.forced[P:])
         return Rollout(
             take(request.ids), laid, take(request.forced), take(request.logprobs), request.finish,
             critical_path=int(laid.position.max(initial=-1)) + 1, num_forks=len(request.widths),
@@ -698,6 +705,39 @@ class Engine:
 # ======================================================================================================================
 # 5. Look at one trajectory
 # ======================================================================================================================
+
+
+def render(tokenizer, rollout, width):
+    """A rollout as lines of text at most `width` wide: the trunk across, the branches of each block side by side."""
+    lines, start = [], 0
+    keys = list(zip(rollout.layout.group.tolist(), rollout.layout.branch.tolist()))
+    cuts = [i for i in range(1, len(keys)) if keys[i] != keys[i - 1]] + [len(keys)]
+    columns = []  # of the block being drawn
+    for end in cuts:
+        text = tokenizer.decode(rollout.ids[start:end])
+        if keys[start][0]:
+            columns.append(text)
+        else:
+            lines += textwrap.wrap(text, width, break_on_hyphens=False)
+        if columns and (end == len(keys) or keys[end][0] == 0):
+            each = max(8, (width - 3 * (len(columns) - 1)) // len(columns))
+            wrapped = [textwrap.wrap(c, each, break_on_hyphens=False) for c in columns]
+            lines += [" | ".join(cell.ljust(each) for cell in row).rstrip() for row in itertools.zip_longest(*wrapped, fillvalue="")]
+            columns = []
+        start = end
+    return lines
+
+
+class LiveEngine(Engine):
+    """Redraws its one request after every step."""
+
+    def step(self):
+        request = (self.active or self.waiting)[0]
+        done = super().step()
+        width, height = shutil.get_terminal_size()
+        lines = render(self.tokenizer, self.result(request), width - 1)
+        print("\x1b[H\x1b[J" + "\n".join(lines[-(height - 3) :]), flush=True)
+        return done
 
 
 def main():
@@ -711,17 +751,18 @@ def main():
     args = p.parse_args()
     device = pick_device(args.device)
     model, tokenizer = load(args.init, device)
-    engine = Engine(model, tokenizer)
+    live = sys.stdout.isatty()
+    engine = (LiveEngine if live else Engine)(model, tokenizer)
     prompt = prompt_ids(tokenizer, args.question, FORMAT_PROMPT)
     [[rollout]] = engine.generate([prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
-    text = tokenizer.decode(rollout.ids)
-    print(re.sub(r"(</guideline>|</step>|</takeaway>)", r"\1\n", text))
-    speed = len(rollout.ids) / engine.stats.seconds
+    if not live:
+        print("\n".join(render(tokenizer, rollout, 120)))
+    seconds, path = engine.stats.seconds, max(1, rollout.critical_path)
     print(
-        f"{rollout.finish_reason} {rollout.error}: {len(rollout.ids)} tokens, critical path {rollout.critical_path} "
-        f"({len(rollout.ids) / max(1, rollout.critical_path):.2f}x), {engine.stats.seconds:.2f} s, {speed:.0f} tokens/s"
+        f"{rollout.finish_reason}{': ' + rollout.error if rollout.error else ''} | {len(rollout.ids)} tokens on a critical path of "
+        f"{path} ({len(rollout.ids) / path:.2f}x) | {engine.stats.decode_steps} steps, {seconds:.2f} s, {len(rollout.ids) / seconds:.0f} tokens/s"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_main(main)

@@ -29,12 +29,13 @@ def plain_tokenizer():
 @pytest.fixture(scope="session")
 def tokenizer(plain_tokenizer, tmp_path_factory):
     """The tokenizer of stages 2 and 3: the eight tags are single tokens."""
+    from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
     path = tmp_path_factory.mktemp("tokenizer")
     plain_tokenizer.save_pretrained(path)
     tagged = AutoTokenizer.from_pretrained(path)
-    tagged.add_tokens(list(TAGS), special_tokens=True)
+    tagged.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     return tagged
 
 

@@ -1,6 +1,7 @@
 """The engine's invariants I1-I6 (D5): on scripted trees of every shape, and on random weights that emit tags at random."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -291,3 +292,33 @@ def test_a_request_beyond_the_kv_budget_is_refused_by_name(model, tokenizer):
 def test_parallel_mode_without_tag_tokens_is_refused(model, plain_tokenizer):
     with pytest.raises(stage0.UserError, match="stage 2"):
         Engine(model, plain_tokenizer).generate([[50]], parallel=True)
+
+
+def test_picture_of_a_kv_row_forking_and_joining_is_what_the_engine_does(model, tokenizer, tag_ids):
+    source = open(engine_module.__file__).read()
+    rows = {name: cells.replace("|", " ").split() for name, cells in re.findall(r"^#     (slot|token|group|branch|position) +(.*)$", source, re.M)}
+    script = {
+        (0, 0): tokenizer.encode("<guideline><plan>1:a</plan><plan>2:b</plan></guideline>"),
+        (1, 1): tokenizer.encode("x</step>"), (1, 2): tokenizer.encode("yz</step>"),
+    }  # fmt: skip
+    eng, feeds, kept = ScriptedEngine(model, tokenizer), [], []
+    eng.script_of = lambda request: script
+    aim = eng.memory.aim
+
+    def spy(row, slot, *rest):
+        aim(row, slot, *rest)
+        feeds.append(slot.tolist())
+        kept[:] = eng.active
+
+    eng.memory.aim = spy
+    eng.generate([[60]], max_new_tokens=30)
+    [request], slots = kept, [int(s) for s in rows["slot"]]
+    names = {tag_ids["</guideline>"]: "/g", tag_ids["<step>"]: "s", tag_ids["</step>"]: "/s", tag_ids["<takeaway>"]: "t"}
+    assert [names.get(request.ids[s]) or tokenizer.decode([request.ids[s]]) for s in slots] == rows["token"]
+    for name in ("group", "branch", "position"):
+        assert [getattr(request, name)[s] for s in slots] == [int(x) for x in rows[name]]
+    assert eng.memory.slot_group[0, slots].tolist() == [int(x) for x in rows["group"]]
+    assert eng.memory.slot_branch[0, slots].tolist() == [int(x) for x in rows["branch"]]
+    bars = re.search(r"^#     slot +(.*)$", source, re.M)[1].split("|")  # what stands between two bars is fed in one step
+    assert [[int(x) for x in part.split()] for part in bars] == [[12], [13, 14, 15, 16, 17, 18], [19, 20], [21, 22], [23, 24]]
+    assert [list(range(12, 19)), [19, 20], [21, 22], [23, 24]] == [f for f in feeds if f[0] >= 12][:4]

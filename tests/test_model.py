@@ -116,3 +116,17 @@ def test_a_duplicate_lm_head_of_a_tied_checkpoint_is_ignored(tmp_path, plain_tok
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
     ours, _ = stage0.load(tmp_path)
     assert set(ours.state_dict()) == set(model.state_dict())
+
+
+def test_bf16_weights_give_the_fp32_logits_but_for_rounding(tmp_path, plain_tokenizer):
+    from engine import Engine
+
+    stage0.save(random_model(len(plain_tokenizer), std=0.05), plain_tokenizer, tmp_path)
+    exact, _ = stage0.load(tmp_path)
+    rounded, tokenizer = stage0.load(tmp_path, dtype=torch.bfloat16)
+    ids = torch.randint(0, len(plain_tokenizer), (2, 30))
+    with torch.no_grad():
+        a, b = exact(ids), rounded(ids).float()
+    assert 0 < (a - b).norm() / a.norm() < 0.03
+    [[r]] = Engine(rounded, tokenizer).generate([ids[0].tolist()], parallel=False, max_new_tokens=5)
+    assert len(r.ids) >= 1
