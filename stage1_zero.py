@@ -174,11 +174,11 @@ def parse_args(argv=None):
     p.add_argument("--init", default="out/stage0", help="checkpoint to start from: folder or hub name")
     p.add_argument("--out", default="out/stage1", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
-    p.add_argument("--steps", type=int, default=22, help="rollout batches")
+    p.add_argument("--steps", type=int, default=24, help="rollout batches")
     p.add_argument("--prompts", type=int, default=16, help="questions per step")
     p.add_argument("--group-size", type=int, default=16, help="responses per question, G")
     p.add_argument("--updates", type=int, default=2, help="optimizer updates per step, each on its share of the groups")
-    p.add_argument("--lr", type=float, default=1.5e-4, help="AdamW learning rate")
+    p.add_argument("--lr", type=float, default=1.5e-4, help="peak AdamW learning rate, falling to zero over the second half")
     p.add_argument("--eps-low", type=float, default=0.2, help="lower clip of the ratio")
     p.add_argument("--eps-high", type=float, default=0.28, help="upper clip of the ratio (clip-higher)")
     p.add_argument("--max-rounds", type=int, default=3, help="dynamic sampling: at most this many rollout rounds per step")
@@ -231,7 +231,7 @@ def main():
         valid, accuracy, reward, length = (float(np.mean([j[i] for j in judged])) for i in range(4))
 
         # ---- advantage, loss, step: one update per share of the groups ----
-        set_lr(optimizers, min(1.0, step / 5))
+        set_lr(optimizers, min(1.0, step / 5, 2 * (args.steps + 1 - step) / args.steps))  # the fall at the end averages noise out
         loss = entropy = clipped = norm = 0.0
         shares = [share for share in (groups[u :: args.updates] for u in range(args.updates)) if share]
         for share in shares:

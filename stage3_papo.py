@@ -70,7 +70,7 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=int, default=70, help="rollout batches, one update each")
     p.add_argument("--prompts", type=int, default=33, help="questions per step")
     p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
-    p.add_argument("--lr", type=float, default=1e-4, help="AdamW learning rate")
+    p.add_argument("--lr", type=float, default=8e-5, help="peak AdamW learning rate, falling to zero over the second half")
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens, all branches together")
     p.add_argument("--max-branches", type=int, default=8, help="most plans a guideline may have")
     p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts")
@@ -120,7 +120,7 @@ def main():
         valid, accuracy, reward, length, path, plans = (float(np.mean([j[i] for j in judged])) for i in range(6))
 
         # ---- advantage, loss, step ----
-        set_lr(optimizers, min(1.0, step / 5))
+        set_lr(optimizers, min(1.0, step / 5, 2 * (args.steps + 1 - step) / args.steps))  # the fall at the end averages noise out
         loss = entropy = norm = gap = 0.0
         groups, rewards = [g for g, *_ in batch], [R for *_, R in batch]
         if batch:
