@@ -157,6 +157,8 @@ def main():
     device = pick_device(args.device)
     print_inherited(args.init)
     model, tokenizer = load(args.init, device)
+    if args.data and Path(args.data).resolve() == (Path(args.out) / "data").resolve():
+        raise UserError(f"--data {args.data} lies in --out {args.out}, which a new run clears; give --out another folder")
     run = Run(args)
 
     # ---- data: sampled by the checkpoint itself, or read back ----

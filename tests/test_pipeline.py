@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import stage0_model as stage0
 import stage1_zero
+import stage2_beta
+import stage3_papo
 
 
 def run(*command, cwd=ROOT):
@@ -104,6 +106,34 @@ def test_a_killed_run_resumes_and_ends_with_the_weights_of_an_uninterrupted_one(
     assert all(torch.equal(whole[k], killed[k]) for k in whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--sequential", "--group-std", "--no-schema-filter", "--clip-updates 2", "--count-forced", "--no-schema-filter --count-forced"]
+)
+def test_the_sequential_twin_and_every_ablation_of_papo_runs(tmp_path, monkeypatch, smoke, flags):
+    init = smoke[0] / "stage2"
+    if flags == "--sequential":  # SR-BETA, then SR: same data, causal mask, sequential decoding
+        command = f"stage2 --sequential --init {smoke[0] / 'stage1'} --data {smoke[0] / 'stage2' / 'data'} --epochs 1 --out {tmp_path / 'beta'}"
+        monkeypatch.setattr(sys, "argv", command.split())
+        stage2_beta.main()
+        init = tmp_path / "beta"
+    command = f"stage3 {flags} --init {init} --out {tmp_path / 'npr'} --kind sums --steps 2 --prompts 2 --group-size 3 --max-new-tokens 200"
+    monkeypatch.setattr(sys, "argv", command.split())
+    stage3_papo.main()
+    rows = [json.loads(line) for line in (tmp_path / "npr" / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["logprob_gap"] < 1e-3 for row in rows if "--clip-updates" not in flags)
+    if flags == "--sequential":
+        assert all(row["critical_path"] == row["length"] for row in rows)
+    if "--no-schema-filter" in flags:
+        assert all(row["used"] == row["sampled"] == 6 for row in rows)
+
+
+def test_a_run_with_other_arguments_starts_afresh(tmp_path):
+    for steps, kept in ((5, False), (5, True), (6, False)):  # the same arguments keep what is there, others clear it
+        run_folder = stage0.Run(stage0.parse_args(["--out", str(tmp_path), "--steps", str(steps)]))
+        assert (tmp_path / "resume" / "state.safetensors").exists() is kept
+        run_folder.checkpoint(random_model(50), [], 3)
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys):
