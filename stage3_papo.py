@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from engine import Engine, Sequence, batches, token_logprobs
 from stage0_model import (
-    FORMAT_PROMPT, KINDS, Run, load, make_optimizers, make_problems, pick_device, print_inherited, prompt_ids,
+    FORMAT_PROMPT, KINDS, Run, UserError, load, make_optimizers, make_problems, pick_device, print_inherited, prompt_ids,
     response_text, run_main, set_lr,
 )  # fmt: skip
 from stage1_zero import dapo_advantages, dapo_loss, format_score
@@ -88,6 +88,8 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.count_forced and args.clip_updates:
+        raise UserError("--count-forced with --clip-updates: a forced token was not sampled, so it has no old probability; give one of them")
     device = pick_device(args.device)
     print_inherited(args.init)
     model, tokenizer = load(args.init, device)
@@ -139,7 +141,8 @@ def main():
                 else:
                     part = papo_loss(logprobs, advantages[rows], mask, num_tokens)
                 part.backward()
-                gap = max(gap, (logprobs.detach() - old)[mask].abs().max().item())  # before the update: rollout against training
+                sampled = mask & (old != 0)  # the engine reports 0 for what it forced
+                gap = max(gap, ((logprobs.detach() - old) * sampled).abs().max().item())  # rollout against training forward
                 entropy += H[mask].sum().item() / num_tokens / (args.clip_updates or 1)
                 loss += part.item() / (args.clip_updates or 1)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
