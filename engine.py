@@ -218,78 +218,77 @@ class KVMemory:
 
     def __init__(self, config, kv_tokens, device, dtype):
         self.config, self.kv_tokens = config, kv_tokens
-        heads, width = config.num_key_value_heads, config.head_dim
-        # zeros, not empty: a masked slot has weight 0, and 0 * NaN garbage would still be NaN
-        self.pool = torch.zeros(config.num_hidden_layers, 2, kv_tokens * heads * width, device=device, dtype=dtype)
-        self.bytes_per_token = 2 * config.num_hidden_layers * heads * width * self.pool.element_size()
+        # A slot holds one token's keys and values of all heads, so that storing a token is one copy.  Zeros, not empty: a
+        # masked slot has weight 0, and 0 * NaN garbage would still be NaN.
+        self.pool = torch.zeros(
+            config.num_hidden_layers, kv_tokens, 2 * config.num_key_value_heads, config.head_dim, device=device, dtype=dtype
+        )  # (layers, slots, 2 H_kv, D)
+        self.group, self.branch = torch.zeros(2, kv_tokens, device=device, dtype=torch.long)  # of the token in each slot
+        self.bytes_per_token = self.pool[:, 0].numel() * self.pool.element_size()
         self.moved_bytes = 0
         self.cut(0, 0)
 
     def cut(self, rows, capacity):
-        """See the pool as (layers, 2, rows, H_kv, capacity, D)."""
+        """Row r is slots r * capacity .. (r + 1) * capacity from now on."""
         self.rows, self.capacity = rows, capacity
-        heads, width = self.config.num_key_value_heads, self.config.head_dim
-        self.view = self.pool[..., : rows * heads * capacity * width].unflatten(-1, (rows, heads, capacity, width))
-        self.slot_group = torch.zeros(rows, capacity, dtype=torch.int32, device=self.pool.device)
-        self.slot_branch = torch.zeros_like(self.slot_group)
 
-    def recut(self, rows, capacity, requests):
-        """Cut anew and move the rows in use (requests[r] lies in row r); larger rows move last row first, in place."""
-        old, old_group, old_branch = self.view, self.slot_group, self.slot_branch
-        grow = capacity > self.capacity
+    def recut(self, rows, capacity, used):
+        """Cut anew and move the rows in use, used[r] slots of row r; when rows grow, the last moves first."""
+        old, grow = self.capacity, capacity > self.capacity
         self.cut(rows, capacity)
-        for r in sorted(range(len(requests)), reverse=grow):
-            n = requests[r].fed
-            self.view[:, :, r, :, :n] = old[:, :, r, :, :n].clone()
-            self.slot_group[r, :n], self.slot_branch[r, :n] = old_group[r, :n], old_branch[r, :n]
-            self.moved_bytes += n * self.bytes_per_token
+        for r in sorted(range(len(used)), reverse=grow):
+            self.move(r * old, r * capacity, used[r])
 
-    def copy_row(self, source, target, n):
-        """The first n slots of one row to another: to share a prompt, or to close the gap a finished request leaves."""
-        self.view[:, :, target, :, :n] = self.view[:, :, source, :, :n]
-        self.slot_group[target, :n], self.slot_branch[target, :n] = self.slot_group[source, :n], self.slot_branch[source, :n]
+    def move(self, source, target, n):
+        """Copy n slots, to share a prompt, to close the gap a finished request leaves, or to cut anew; the spans may overlap."""
+        for store in (self.pool, self.group[None], self.branch[None]):
+            store[:, target : target + n] = store[:, source : source + n].clone()
         self.moved_bytes += n * self.bytes_per_token
 
-    def aim(self, row, slot, group, branch, col=None):
-        """Say where the N tokens of the coming forward go.  row, slot, group, branch, col (N,): col is a token's place among its
-        row's tokens of this call.  Decoding reads every row up to its longest use; prefill (col None) starts rows afresh."""
-        self.row, self.slot, self.col = row, slot, col
-        self.slot_group[row, slot], self.slot_branch[row, slot] = group.int(), branch.int()
-        if col is None:
-            return
-        R, Q, S = int(row.max()) + 1, int(col.max()) + 1, int(slot.max()) + 1
-        self.shape = R, Q, S
-        place = torch.zeros(3, R, Q, dtype=torch.long, device=row.device)  # padding queries look at slot 0 and are thrown away
-        place[:, row, col] = torch.stack([slot, group.long(), branch.long()])
-        q_slot, q_group, q_branch = place[..., None]  # (R, Q, 1)
-        sees = torch.arange(S, device=row.device) <= q_slot  # (R, Q, S)
-        if bool(group.any()):
-            k_group, k_branch = self.slot_group[:R, None, :S], self.slot_branch[:R, None, :S]  # (R, 1, S)
-            sees &= ~((q_group == k_group) & (q_group != 0) & (q_branch != k_branch))
+    def aim_prefill(self, row, lengths, group, branch):
+        """The coming forward fills these empty rows.  row, lengths (B,); group, branch (B, T), padded."""
+        column = torch.arange(group.shape[1], device=row.device)
+        self.chosen = (column < lengths[:, None]).flatten().nonzero()[:, 0]  # (N,) of the B * T, the padding left out
+        self.index = (row[:, None] * self.capacity + column).flatten()[self.chosen]  # (N,) slots
+        self.group[self.index], self.branch[self.index] = group.flatten()[self.chosen], branch.flatten()[self.chosen]
+        self.mask = visible_mask(group, branch)[:, None] if bool(group.any()) else None
+
+    def aim_decode(self, row, slot, col, group, branch, shape):
+        """The coming forward adds N packed tokens to running rows.  All (N,): a token's row, its slot there, its place among the row's
+        new tokens, and its integers.  shape (R, Q, S): rows, most new tokens of one row, and the longest row after this call."""
+        (R, Q, S), self.chosen = shape, None
+        self.index = row * self.capacity + slot
+        self.group[self.index], self.branch[self.index] = group, branch
+        self.place = None if len(row) == R * Q else row * Q + col  # rows that feed fewer tokens are padded with idle queries
+        q = torch.zeros(3, R * Q, dtype=torch.long, device=row.device)  # idle queries look at slot 0 and are thrown away
+        q[:, row * Q + col] = torch.stack([slot, group, branch])
+        q_slot, q_group, q_branch = q.view(3, R, Q, 1)
+        rows = lambda x: x[: R * self.capacity].unflatten(0, (R, self.capacity))[:, :S]  # noqa: E731
+        k_group, k_branch = rows(self.group)[:, None], rows(self.branch)[:, None]  # (R, 1, S)
+        blind = torch.arange(S, device=row.device) > q_slot  # (R, Q, S)
+        blind |= (q_group == k_group) & (q_group != 0) & (q_branch != k_branch)
+        bias = torch.zeros(R, Q, S, dtype=self.pool.dtype, device=row.device).masked_fill_(blind, float("-inf"))
         # query heads that share a key/value head become further queries, so keys and values are read once for all of them
-        repeat = self.config.num_attention_heads // self.config.num_key_value_heads
-        bias = torch.zeros(R, Q, S, dtype=self.pool.dtype, device=row.device).masked_fill_(~sees, float("-inf"))
-        self.bias = bias[:, None, None].expand(R, 1, repeat, Q, S).reshape(R, 1, repeat * Q, S)
+        self.shape = R, self.config.num_key_value_heads, self.config.num_attention_heads // self.config.num_key_value_heads, Q
+        self.bias = bias.repeat(1, self.shape[2], 1)[:, None]  # (R, 1, G*Q, S)
+        self.seen = self.pool[:, : R * self.capacity].unflatten(1, (R, self.capacity))[:, :, :S].transpose(2, 3)  # (layers, R, 2 H_kv, S, D)
 
     def attend(self, layer, q, k, v):
-        """Store k, v (B, H_kv, T, D), attend with q (B, H, T, D) -> (B, H, T, D).  Decoding: B = 1 and T = N packed tokens."""
-        B, H, T, D = q.shape
-        heads = k.shape[1]
-        new = torch.stack([k, v]).transpose(2, 3)  # (2, B, T, H_kv, D)
-        new = new.flatten(1, 2) if self.col is not None else new[:, self.valid]  # (2, N, H_kv, D)
-        self.view[layer][:, self.row, :, self.slot] = new.transpose(0, 1)
-        if self.col is None:  # prefill: nothing earlier lies in these rows, so attention stays within the call
-            k, v = (x.repeat_interleave(H // heads, dim=1) for x in (k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
-        (R, Q, S), q = self.shape, q[0].transpose(0, 1)  # (N, H, D)
-        if T < R * Q:  # rows that feed fewer tokens than others are padded
-            q = q.new_zeros(R, Q, H, D).index_put_((self.row, self.col), q)
-        q = q.reshape(R, Q, heads, H // heads, D).permute(0, 2, 3, 1, 4).reshape(R, heads, -1, D)  # (R, H_kv, H/H_kv*Q, D)
-        keys, values = self.view[layer, :, :R, :, :S]  # (R, H_kv, S, D) each
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias)
-        out = out.view(R, heads, H // heads, Q, D).permute(0, 3, 1, 2, 4).reshape(R, Q, H, D)
-        out = out[self.row, self.col] if T < R * Q else out.flatten(0, 1)  # (N, H, D)
-        return out.transpose(0, 1)[None]  # (1, H, N, D)
+        """Store k, v (B, T, H_kv, D), attend with q (B, T, H, D) -> (B, T, H, D).  Decoding: B = 1 and T = N packed tokens."""
+        new = torch.cat([k, v], dim=2).flatten(0, 1)  # (B*T, 2 H_kv, D)
+        self.pool[layer].index_copy_(0, self.index, new if self.chosen is None else new[self.chosen])
+        if self.chosen is not None:  # prefill: nothing earlier lies in these rows, so attention stays within the call
+            repeat = q.shape[2] // k.shape[2]
+            q, k, v = q.transpose(1, 2), *(x.repeat_interleave(repeat, dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, D)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None).transpose(1, 2)
+        (R, H_kv, G, Q), (_, _, H, D) = self.shape, q.shape
+        if self.place is not None:
+            q = q.new_zeros(R * Q, H, D).index_copy_(0, self.place, q[0])
+        q = q.view(R, Q, H_kv, G, D).permute(0, 2, 3, 1, 4).reshape(R, H_kv, G * Q, D)
+        keys, values = self.seen[layer].chunk(2, dim=1)  # (R, H_kv, S, D) each
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias)  # (R, H_kv, G*Q, D)
+        out = out.unflatten(2, (G, Q)).permute(0, 3, 1, 2, 4).reshape(1, R * Q, H, D)
+        return out if self.place is None else out[:, self.place]
 
 
 # ======================================================================================================================
@@ -470,7 +469,7 @@ class Engine:
         request, last = self.active[row], self.active.pop()
         if last is not request:
             self.active[row] = last
-            self.memory.copy_row(len(self.active), row, last.fed)
+            self.memory.move(len(self.active) * self.memory.capacity, row * self.memory.capacity, last.fed)
         return request
 
     # ---- schedule ----
@@ -488,7 +487,7 @@ class Engine:
                 youngest.fed = 0  # its keys and values are dropped; on its return all its tokens are prefilled at once
                 self.waiting.appendleft(youngest)
                 self.stats.preemptions += 1
-            memory.recut(rows, capacity, self.active)
+            memory.recut(rows, capacity, [r.fed for r in self.active])
             return []  # no admission in a step that was short of room
         fresh = []
         while self.waiting:
@@ -525,7 +524,7 @@ class Engine:
             del leaders[-count:]
         for request, source in followers:  # all but the last prompt token, which has to be fed for its logits
             request.fed = request.prompt_len - 1
-            self.memory.copy_row(row_of[id(source)], row_of[id(request)], request.fed)
+            self.memory.move(row_of[id(source)] * self.memory.capacity, row_of[id(request)] * self.memory.capacity, request.fed)
             self.stats.shared_prompt_tokens += request.fed
         feeding = [r for r in self.active if len(r.ids) > r.fed]
         if feeding:
@@ -535,17 +534,13 @@ class Engine:
 
     def prefill(self, requests, row_of):
         """Feed whole requests into empty rows, padded to one batch."""
-        device, memory = self.model.device, self.memory
+        device = self.model.device
         ids, group, branch, position = (
             pad_rows([getattr(r, name) for r in requests], 0).to(device) for name in ("ids", "group", "branch", "position")
         )  # (B, T) each
         lengths = torch.tensor([len(r.ids) for r in requests], device=device)
-        memory.valid = torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]  # (B, T)
-        b, slot = memory.valid.nonzero(as_tuple=True)
-        row = torch.tensor([row_of[id(r)] for r in requests], device=device)[b]
-        memory.mask = visible_mask(group, branch)[:, None] if bool(group.any()) else None
-        memory.aim(row, slot, group[memory.valid], branch[memory.valid])
-        x = self.model.hidden(ids, Layout(group, branch, position), memory)  # (B, T, C)
+        self.memory.aim_prefill(torch.tensor([row_of[id(r)] for r in requests], device=device), lengths, group, branch)
+        x = self.model.hidden(ids, Layout(group, branch, position), self.memory)  # (B, T, C)
         heads = [(i, h) for i, r in enumerate(requests) for h in r.heads]
         i, h = torch.tensor(heads, device=device).unbind(1)
         parts = self.model.logits(x[i, h]).split([len(r.heads) for r in requests])
@@ -565,9 +560,10 @@ class Engine:
         slot = np.repeat([r.fed for r in requests], count) + col
         head = [f + h - r.fed for f, r in zip(first, requests) for h in r.heads]
         packed = [[x for r in requests for x in getattr(r, name)[r.fed :]] for name in ("ids", "group", "branch", "position")]
+        shape = row.max() + 1, count.max(), slot.max() + 1
         packed = torch.from_numpy(np.array([*packed, row, slot, col], dtype=np.int64)).to(device)  # (7, N), one copy
         ids, group, branch, position, row, slot, col = packed
-        self.memory.aim(row, slot, group, branch, col)
+        self.memory.aim_decode(row, slot, col, group, branch, shape)
         x = self.model.hidden(ids[None], Layout(group, branch, position), self.memory)[0]  # (N, C)
         parts = self.model.logits(x[torch.tensor(head, device=device)]).split([len(r.heads) for r in requests])
         for r in requests:

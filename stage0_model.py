@@ -431,57 +431,56 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 def rope_tables(position, head_dim, theta):
-    """cos and sin of every rotation angle.  position (B, T) integers -> two (B, 1, T, D) fp32 tables."""
+    """cos and signed sin of every rotation angle.  position (B, T) integers -> two (B, T, 1, D) fp32 tables."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)  # (D/2,)
-    angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D/2)
-    angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, D)
-    return angle.cos(), angle.sin()
+    angle = position[:, :, None, None].float() * frequency  # (B, T, 1, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding; pairs are (i, i + D/2) as in Hugging Face.  x (B, H, T, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    """Rotary position embedding of pairs (i, i + D/2), as in Hugging Face: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    x (B, T, H, D).  The minus sign is in the table (`rope_tables`)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm.  What a token may see is decided outside, by `attend`."""
+    """Grouped-query attention with QK-norm.  What a token may see is decided outside, by `attend`.
+
+    Queries, keys and values come out of one matrix product: decoding one token is a matter of how many operations are launched."""
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        H, H_kv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.head_dim = [H, H_kv, H_kv], D
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * D, bias=False)
+        self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps)
+        self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, attend):
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B, T, H or H_kv, D) each
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.o_proj(attend(q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)); gate and up are one matrix product."""
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -509,7 +508,7 @@ def visible_mask(group, branch):
 
 
 class Qwen3(nn.Module):
-    """Qwen3 with Hugging Face's parameter names, so that a state dict is a checkpoint."""
+    """Qwen3 with Hugging Face's parameter names, but for the two fused projections, which `load` joins and `save` splits."""
 
     def __init__(self, config):
         super().__init__()
@@ -536,7 +535,7 @@ class Qwen3(nn.Module):
 
         layout: None for plain causal text, or integers `.group`, `.branch`, `.position`, each (T,) or (B, T) (engine.Layout).
         kv: None to attend within ids (training), or the engine's KV memory, which stores this call's keys and values and
-        attends over everything its rows hold: `kv.attend(layer, q, k, v)`, all (B, H, T, D).
+        attends over everything its rows hold: `kv.attend(layer, q, k, v)`, all (B, T, H, D).
         """
         B, T = ids.shape
         if layout is None:
@@ -553,8 +552,9 @@ class Qwen3(nn.Module):
             dtype = v.dtype
             if q.device.type == "cpu":  # measured: the CPU's fused attention runs backward 1.6x faster in fp32 than in bf16
                 q, k, v = q.float(), k.float(), v.float()
-            k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)  # (B, H, T, D)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).to(dtype)
+            k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)  # (B, T, H, D)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).to(dtype).transpose(1, 2)
 
         for i, block in enumerate(self.model["layers"]):
             x = block(x, cos, sin, within if kv is None else lambda q, k, v, i=i: kv.attend(i, q, k, v))
@@ -572,6 +572,17 @@ class Qwen3(nn.Module):
 # ======================================================================================================================
 # 5. Load and save: the Hugging Face layout, safetensors only
 # ======================================================================================================================
+
+
+def fused_weights(config):
+    """{fused parameter: {its parts as checkpoint files name them: rows}} for every block."""
+    q, kv, width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim, config.intermediate_size
+    fused = {}
+    for i in range(config.num_hidden_layers):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        fused[f"{attention}.qkv_proj.weight"] = {f"{attention}.{x}_proj.weight": n for x, n in (("q", q), ("k", kv), ("v", kv))}
+        fused[f"{mlp}.gate_up_proj.weight"] = {f"{mlp}.{x}_proj.weight": width for x in ("gate", "up")}
+    return fused
 
 
 def load(path_or_hub_name, device=None, dtype=None):
@@ -622,6 +633,9 @@ def load(path_or_hub_name, device=None, dtype=None):
             raise UserError(f"{file}: not a readable safetensors file ({error}); write it again")
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some exports carry a duplicate
+    for name, parts in fused_weights(config).items():
+        if all(part in weights for part in parts):
+            weights[name] = torch.cat([weights.pop(part) for part in parts])
     with torch.device("meta"):
         model = Qwen3(config)
     wanted = model.state_dict()
@@ -644,7 +658,10 @@ def save(model, tokenizer, path):
     # both spellings of theta: transformers 5 reads the nested one, older readers (and vLLM, SGLang) the flat one
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": model.config.rope_theta}
     write_atomic(path / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
-    state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    for name, parts in fused_weights(model.config).items():
+        state |= zip(parts, state.pop(name).split(list(parts.values())))
+    state = {k: v.contiguous() for k, v in state.items()}
     write_atomic(path / "model.safetensors", lambda file: save_file(state, file, metadata={"format": "pt"}))
 
 

@@ -303,22 +303,22 @@ def test_picture_of_a_kv_row_forking_and_joining_is_what_the_engine_does(model, 
     }  # fmt: skip
     eng, feeds, kept = ScriptedEngine(model, tokenizer), [], []
     eng.script_of = lambda request: script
-    aim = eng.memory.aim
+    aim = eng.memory.aim_decode
 
     def spy(row, slot, *rest):
         aim(row, slot, *rest)
         feeds.append(slot.tolist())
         kept[:] = eng.active
 
-    eng.memory.aim = spy
+    eng.memory.aim_decode = spy
     eng.generate([[60]], max_new_tokens=30)
     [request], slots = kept, [int(s) for s in rows["slot"]]
     names = {tag_ids["</guideline>"]: "/g", tag_ids["<step>"]: "s", tag_ids["</step>"]: "/s", tag_ids["<takeaway>"]: "t"}
     assert [names.get(request.ids[s]) or tokenizer.decode([request.ids[s]]) for s in slots] == rows["token"]
     for name in ("group", "branch", "position"):
         assert [getattr(request, name)[s] for s in slots] == [int(x) for x in rows[name]]
-    assert eng.memory.slot_group[0, slots].tolist() == [int(x) for x in rows["group"]]
-    assert eng.memory.slot_branch[0, slots].tolist() == [int(x) for x in rows["branch"]]
+    assert eng.memory.group[slots].tolist() == [int(x) for x in rows["group"]]
+    assert eng.memory.branch[slots].tolist() == [int(x) for x in rows["branch"]]
     bars = re.search(r"^#     slot +(.*)$", source, re.M)[1].split("|")  # what stands between two bars is fed in one step
     assert [[int(x) for x in part.split()] for part in bars] == [[12], [13, 14, 15, 16, 17, 18], [19, 20], [21, 22], [23, 24]]
     assert [list(range(12, 19)), [19, 20], [21, 22], [23, 24]] == [f for f in feeds if f[0] >= 12][:4]
