@@ -253,25 +253,29 @@ class KVMemory:
         self.group[self.index], self.branch[self.index] = group.flatten()[self.chosen], branch.flatten()[self.chosen]
         self.mask = visible_mask(group, branch)[:, None] if bool(group.any()) else None
 
-    def aim_decode(self, row, slot, col, group, branch, shape):
+    def aim_decode(self, row, slot, col, group, branch, shape, no_mask=False):
         """The coming forward adds N packed tokens to running rows.  All (N,): a token's row, its slot there, its place among the row's
-        new tokens, and its integers.  shape (R, Q, S): rows, most new tokens of one row, and the longest row after this call."""
+        new tokens, and its integers.  shape (R, Q, S): rows, most new tokens of one row, and the longest row after this call.
+        no_mask: every row feeds one trunk token into slot S - 1, which sees all there is."""
         (R, Q, S), self.chosen = shape, None
         self.index = row * self.capacity + slot
         self.group[self.index], self.branch[self.index] = group, branch
         self.place = None if len(row) == R * Q else row * Q + col  # rows that feed fewer tokens are padded with idle queries
+        self.seen = self.pool[:, : R * self.capacity].unflatten(1, (R, self.capacity))[:, :, :S].transpose(2, 3)  # (layers, R, 2 H_kv, S, D)
+        H_kv, self.bias = self.config.num_key_value_heads, None
+        self.shape = R, Q, H_kv, self.config.num_attention_heads // H_kv
+        if no_mask:
+            return
         q = torch.zeros(3, R * Q, dtype=torch.long, device=row.device)  # idle queries look at slot 0 and are thrown away
         q[:, row * Q + col] = torch.stack([slot, group, branch])
         q_slot, q_group, q_branch = q.view(3, R, Q, 1)
-        rows = lambda x: x[: R * self.capacity].unflatten(0, (R, self.capacity))[:, :S]  # noqa: E731
-        k_group, k_branch = rows(self.group)[:, None], rows(self.branch)[:, None]  # (R, 1, S)
+        rows = lambda x: x[: R * self.capacity].view(R, 1, self.capacity)[..., :S]  # noqa: E731
+        k_group, k_branch = rows(self.group), rows(self.branch)  # (R, 1, S)
         blind = torch.arange(S, device=row.device) > q_slot  # (R, Q, S)
         blind |= (q_group == k_group) & (q_group != 0) & (q_branch != k_branch)
         bias = torch.zeros(R, Q, S, dtype=self.pool.dtype, device=row.device).masked_fill_(blind, float("-inf"))
         # query heads that share a key/value head become further queries, so keys and values are read once for all of them
-        self.shape = R, self.config.num_key_value_heads, self.config.num_attention_heads // self.config.num_key_value_heads, Q
-        self.bias = bias.repeat(1, self.shape[2], 1)[:, None]  # (R, 1, G*Q, S)
-        self.seen = self.pool[:, : R * self.capacity].unflatten(1, (R, self.capacity))[:, :, :S].transpose(2, 3)  # (layers, R, 2 H_kv, S, D)
+        self.bias = bias.repeat(1, self.shape[3], 1)[:, None]  # (R, 1, G*Q, S)
 
     def attend(self, layer, q, k, v):
         """Store k, v (B, T, H_kv, D), attend with q (B, T, H, D) -> (B, T, H, D).  Decoding: B = 1 and T = N packed tokens."""
@@ -281,11 +285,13 @@ class KVMemory:
             repeat = q.shape[2] // k.shape[2]
             q, k, v = q.transpose(1, 2), *(x.repeat_interleave(repeat, dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, D)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None).transpose(1, 2)
-        (R, H_kv, G, Q), (_, _, H, D) = self.shape, q.shape
+        (R, Q, H_kv, G), (_, _, H, D) = self.shape, q.shape
         if self.place is not None:
             q = q.new_zeros(R * Q, H, D).index_copy_(0, self.place, q[0])
-        q = q.view(R, Q, H_kv, G, D).permute(0, 2, 3, 1, 4).reshape(R, H_kv, G * Q, D)
         keys, values = self.seen[layer].chunk(2, dim=1)  # (R, H_kv, S, D) each
+        if Q == 1 and self.place is None:
+            return F.scaled_dot_product_attention(q.view(R, H_kv, G, D), keys, values, attn_mask=self.bias).reshape(1, R, H, D)
+        q = q.view(R, Q, H_kv, G, D).permute(0, 2, 3, 1, 4).reshape(R, H_kv, G * Q, D)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias)  # (R, H_kv, G*Q, D)
         out = out.unflatten(2, (G, Q)).permute(0, 3, 1, 2, 4).reshape(1, R * Q, H, D)
         return out if self.place is None else out[:, self.place]
@@ -561,9 +567,10 @@ class Engine:
         head = [f + h - r.fed for f, r in zip(first, requests) for h in r.heads]
         packed = [[x for r in requests for x in getattr(r, name)[r.fed :]] for name in ("ids", "group", "branch", "position")]
         shape = row.max() + 1, count.max(), slot.max() + 1
+        no_mask = shape[1] == 1 and slot.min() + 1 == shape[2] and not any(packed[1])
         packed = torch.from_numpy(np.array([*packed, row, slot, col], dtype=np.int64)).to(device)  # (7, N), one copy
         ids, group, branch, position, row, slot, col = packed
-        self.memory.aim_decode(row, slot, col, group, branch, shape)
+        self.memory.aim_decode(row, slot, col, group, branch, shape, no_mask)
         x = self.model.hidden(ids[None], Layout(group, branch, position), self.memory)[0]  # (N, C)
         parts = self.model.logits(x[torch.tensor(head, device=device)]).split([len(r.heads) for r in requests])
         for r in requests:

@@ -423,7 +423,7 @@ class Qwen3Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32 whatever x is."""
+    """x / rms(x) * weight, rms(x) = sqrt(mean(x^2) + eps), computed in fp32 whatever x is."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -431,7 +431,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope_tables(position, head_dim, theta):
