@@ -154,13 +154,14 @@ class Sequence:
     layout: Layout | None = None
 
 
-def batches(sequences, max_tokens, device="cpu", pad=0):
+def batches(sequences, max_tokens, device="cpu", pad=0, share=(0, 1)):
     """Cut sequences into padded batches of at most max_tokens (at least one row each), similar lengths together.
 
+    share: (rank, ranks): only every so-many-th sequence in order of length, so that all ranks have the same amount to do.
     Yields (rows, ids, layout, mask): rows lists indices into `sequences`; ids (B, T) int64; layout with (B, T) tensors; mask
     (B, T) bool, True on response tokens.
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].ids))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].ids))[share[0] :: share[1]]
     while order:
         length = len(sequences[order[-1]].prompt) + len(sequences[order[-1]].ids)  # longest first: memory peaks at once
         rows = order[-max(1, max_tokens // length) :]

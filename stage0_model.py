@@ -15,6 +15,7 @@ Nothing after this stage reads its corpus: from stage 1 on, every training token
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -25,9 +26,11 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -665,13 +668,33 @@ def write_atomic(path, write):
 
 
 def pick_device(name):
-    """torch.device for --device; 'auto' takes CUDA when there is one.  Prints what it took."""
+    """torch.device for --device; 'auto' takes CUDA when there is one.  Prints what it took.
+
+    Under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK) also joins the other ranks: NCCL with a GPU for each, or gloo on a CPU whose
+    cores they share.  Only rank 0 prints and shows bars.
+    """
     if name != "cpu" and not torch.cuda.is_available():
         if name != "auto":
             raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu")
         name = "cpu"
     device = torch.device("cuda" if name == "auto" else name)
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    what = ""
+    if "LOCAL_RANK" in os.environ:
+        local, beside = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        if device.type == "cuda":
+            if beside > torch.cuda.device_count():
+                raise UserError(f"torchrun --nproc-per-node {beside}: {torch.cuda.device_count()} CUDA devices are visible; start as many ranks")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(max(1, os.cpu_count() // beside))
+        # a rank waits while another still decodes, or writes a checkpoint: long, but not for ever
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        what = f", {dist.get_world_size()} ranks"
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    what = (torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads") + what
     print(f"device: {device} ({what}), torch {torch.__version__}")
     return device
 
@@ -683,31 +706,79 @@ def run_main(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# Data parallelism in four functions.  Every rank holds the whole model and decodes its share of the prompts; the finished rollouts go to all
+# ranks, so rewards, advantages and token counts are computed on the whole batch by the very code a single process runs; then each rank
+# runs its share of the forward and backward passes, and the gradients are added up.
+
+
+def ranks():
+    """(rank, number of ranks) of this process: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def my_share(items):
+    """The part of a list that this rank works on; put together in rank order the parts are the list.  7 items, 2 ranks -> 3 and 4."""
+    rank, world = ranks()
+    return items[len(items) * rank // world : len(items) * (rank + 1) // world]
+
+
+def from_all_ranks(items):
+    """The lists of all ranks put together in rank order: the same list on every rank."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def update(model, optimizers):
+    """One optimizer step on the gradients of all ranks together, clipped to norm 1; returns their norm before clipping.
+
+    Each rank's loss is divided by the token count of the *whole* batch, so the gradients are summed and not averaged.
+    """
+    if dist.is_initialized():
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without work
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
+            work.wait()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
 
 
 class Run:
     """A stage's output folder: `args.json`, `log.jsonl`, and `resume/` while it is running (D8).
 
     Arguments that differ from those in `args.json` make a new run: what an earlier one left in the folder is removed.
+    All ranks read here, rank 0 alone writes.
     """
 
     def __init__(self, args):
         self.path = Path(args.out)
         self.began = time.time()
+        self.writes = ranks()[0] == 0
         written, args_file = json.dumps(vars(args), indent=2) + "\n", self.path / "args.json"
-        if not args_file.is_file() or args_file.read_text() != written:
+        if self.writes and (not args_file.is_file() or args_file.read_text() != written):
             for stale in ("model.safetensors", "log.jsonl", "episodes.txt"):
                 (self.path / stale).unlink(missing_ok=True)
             for stale in ("resume", "data"):
                 shutil.rmtree(self.path / stale, ignore_errors=True)
             write_atomic(args_file, lambda file: file.write_text(written))
+        from_all_ranks([])  # nobody looks into the folder before it is in order
 
     def start(self, model, optimizers):
         """The step to go on after: 0, or where a killed run left off, with weights and optimizer state restored."""
         state_file, log = self.path / "resume" / "state.safetensors", self.path / "log.jsonl"
         if not state_file.is_file():
-            log.unlink(missing_ok=True)
-            (self.path / "episodes.txt").unlink(missing_ok=True)
+            if self.writes:
+                log.unlink(missing_ok=True)
+                (self.path / "episodes.txt").unlink(missing_ok=True)
             return 0
         state = load_file(state_file)
         step = int(state.pop("step"))
@@ -720,13 +791,16 @@ class Run:
                     _, _, parameter, name = key.split(".")
                     packed["state"].setdefault(int(parameter), {})[name] = value
             optimizer.load_state_dict(packed)
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.is_file() else []
-        log.write_text("".join(line + "\n" for line in kept))
+        if self.writes and log.is_file():
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+            log.write_text("".join(line + "\n" for line in kept))
         print(f"resuming {self.path} after step {step}")
         return step
 
     def checkpoint(self, model, optimizers, step):
         """Write what `start` reads back."""
+        if not self.writes:
+            return
         state = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         for i, optimizer in enumerate(optimizers):
             for parameter, values in optimizer.state_dict()["state"].items():
@@ -740,19 +814,25 @@ class Run:
         row["seconds"] = round(time.time() - self.began, 2)
         if not math.isfinite(row.get("loss", 0.0)):
             raise UserError(f"loss is {row['loss']} at step {row['step']}; {self.path} keeps its last good state: lower --lr and rerun")
+        if not self.writes:
+            return
         with open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
     def episodes(self, step, episodes):
         """Append three whole episodes to `episodes.txt`; each is (question, response, verdict)."""
+        if not self.writes:
+            return
         with open(self.path / "episodes.txt", "a") as file:
             for question, text, verdict in random.Random(step).sample(episodes, min(3, len(episodes))):
                 file.write(f"==== step {step} | {verdict}\n{question}\n{text}\n\n")
 
     def finish(self, model, tokenizer):
         """Write the stage's checkpoint and drop `resume/`."""
-        save(model, tokenizer, self.path)
-        shutil.rmtree(self.path / "resume", ignore_errors=True)
+        if self.writes:
+            save(model, tokenizer, self.path)
+            shutil.rmtree(self.path / "resume", ignore_errors=True)
+        from_all_ranks([])  # now every rank finds it
         print(f"wrote {self.path} ({time.time() - self.began:.0f} s)")
 
 
@@ -802,7 +882,7 @@ def pad_rows(rows, value):
 
 
 def corpus_batches(tokenizer, args, step):
-    """The micro-batches of one step: (ids (B, T), mask (B, T)), mask True where a token is learned (the responses).
+    """This rank's micro-batches of one step: (ids (B, T), mask (B, T)), mask True where a token is learned (the responses).
 
     Seeded by (seed, step), so a resumed run sees what it would have seen.  Documents of a step are sorted by length, which
     leaves a few per cent of padding and lets attention take its fastest, purely causal path.
@@ -813,6 +893,8 @@ def corpus_batches(tokenizer, args, step):
         prompt = prompt_ids(tokenizer, question, system)
         docs.append((prompt + tokenizer.encode(response) + [tokenizer.eos_token_id], len(prompt)))
     docs.sort(key=lambda d: len(d[0]))
+    rank, world = ranks()
+    docs = docs[rank::world]
     size = math.ceil(len(docs) / args.micro_batches)
     for i in range(0, len(docs), size):
         ids = pad_rows([d[0] for d in docs[i : i + size]], tokenizer.pad_token_id)
@@ -829,14 +911,14 @@ def measure_base(path, n, seed, device):
     torch.manual_seed(seed)
     table = {}
     for kind in KINDS:
-        problems, row = make_problems(kind, "tune", n, seed), {}
+        problems, row = my_share(make_problems(kind, "tune", n, seed)), {}
         for name, system in (("plain", PLAIN_PROMPT), ("format", FORMAT_PROMPT)):
             prompts = [{"input_ids": prompt_ids(tokenizer, p.question, system)} for p in problems]
             batch = tokenizer.pad(prompts, return_tensors="pt").to(device)
             out = model.generate(**batch, max_new_tokens=512, do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
             texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            row[f"{name} accuracy"] = sum(p.verify(t) for p, t in zip(problems, texts)) / n
-            row[f"{name} valid"] = sum(map(is_canonical, texts)) / n
+            verdicts = from_all_ranks([(p.verify(t), is_canonical(t)) for p, t in zip(problems, texts)])
+            row[f"{name} accuracy"], row[f"{name} valid"] = (sum(column) / n for column in zip(*verdicts))
         table[kind] = row
     return table
 
@@ -887,7 +969,7 @@ def main():
     bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 0", mininterval=1.0)
     for step in bar:
         began, batches = time.time(), list(corpus_batches(tokenizer, args, step))
-        learned = sum(int(mask[:, 1:].sum()) for _, mask in batches)
+        learned = sum(from_all_ranks([int(mask[:, 1:].sum()) for _, mask in batches]))
         loss = 0.0
         for ids, mask in batches:
             ids, mask = ids.to(device), mask.to(device)
@@ -896,13 +978,10 @@ def main():
             nll = F.cross_entropy(logits[mask[:, 1:]].float(), ids[:, 1:][mask[:, 1:]], reduction="sum") / learned
             nll.backward()
             loss += nll.item()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         # a short warm-up, then flat: the loss sits on a plateau for millions of tokens before arithmetic clicks
         set_lr(optimizers, min(1.0, step / 50, (args.steps + 1 - step) / max(1.0, args.warmdown * args.steps)))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        tokens = sum(ids.numel() for ids, _ in batches)
+        norm = update(model, optimizers)
+        loss, tokens = map(sum, zip(*from_all_ranks([(loss, sum(ids.numel() for ids, _ in batches))])))
         run.log(step=step, loss=loss, grad_norm=norm, tokens_per_second=tokens / (time.time() - began))
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / (time.time() - began):.0f}", refresh=False)
         if step % args.save_every == 0:

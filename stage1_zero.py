@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from engine import Engine, Sequence, batches, token_logprobs
 from stage0_model import (
-    ANY_TAG, FORMAT_PROMPT, KINDS, Run, load, make_optimizers, make_problems, pick_device, print_inherited, prompt_ids,
-    response_text, run_main, set_lr,
+    ANY_TAG, FORMAT_PROMPT, KINDS, Run, from_all_ranks, load, make_optimizers, make_problems, my_share, pick_device, print_inherited,
+    prompt_ids, ranks, response_text, run_main, set_lr, update,
 )  # fmt: skip
 
 # ======================================================================================================================
@@ -208,20 +208,24 @@ def main():
         # ---- rollout and reward: dynamic sampling, until enough groups have something to tell apart ----
         groups, sampled, judged = [], 0, []
         for draw in range(args.max_rounds):
-            problems = make_problems(args.kind, "train", args.prompts - len(groups), f"{args.seed}/{step}/{draw}")
+            problems = my_share(make_problems(args.kind, "train", args.prompts - len(groups), f"{args.seed}/{step}/{draw}"))
             prompts = [prompt_ids(tokenizer, p.question, FORMAT_PROMPT) for p in problems]
             responses = engine.generate(
                 prompts, n=args.group_size, parallel=False, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                 seed=hash((args.seed, step, draw)) & 0xFFFFFFFF,
             )  # fmt: skip
+            drawn = []
             for problem, prompt, rollouts in zip(problems, prompts, responses):
-                rewards = []
+                rewards, verdicts = [], []
                 for rollout in rollouts:
                     text = response_text(tokenizer, rollout.ids)
                     F, right = format_score(text), problem.verify(text)
                     R = F if F < 0 else 1.0 if right else -1.0
                     rewards.append(R + overlong_penalty(len(rollout.ids), args.max_new_tokens, args.overlong_buffer))
-                    judged.append((F == 0, right, R, len(rollout.ids), problem.question, text))
+                    verdicts.append((F == 0, right, R, len(rollout.ids), problem.question, text))
+                drawn.append((prompt, rollouts, rewards, verdicts))
+            for prompt, rollouts, rewards, verdicts in from_all_ranks(drawn):
+                judged += verdicts
                 sampled += 1
                 if max(rewards) - min(rewards) > 1e-6:
                     groups.append((prompt, rollouts, rewards))
@@ -239,7 +243,7 @@ def main():
             advantages = dapo_advantages([R for _, _, rewards in share for R in rewards], [g for g, _, _ in rollouts])
             num_tokens = sum(len(r.ids) for _, _, r in rollouts)
             sequences = [Sequence(prompt, r.ids) for _, prompt, r in rollouts]
-            for rows, ids, _, mask in batches(sequences, args.micro_tokens, device):
+            for rows, ids, _, mask in batches(sequences, args.micro_tokens, device, share=ranks()):
                 old = torch.zeros(ids.shape, device=device)
                 old[mask] = torch.tensor([x for i in rows for x in rollouts[i][2].logprobs], device=device)
                 logprobs, H = token_logprobs(model, ids)  # (B, T) each
@@ -249,10 +253,8 @@ def main():
                 clipped += ((ratio < 1 - args.eps_low) | (ratio > 1 + args.eps_high)).sum().item() / num_tokens / len(shares)
                 entropy += H[mask].sum().item() / num_tokens / len(shares)
                 loss += part.item() / len(shares)
-            norm += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() / len(shares)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            norm += update(model, optimizers) / len(shares)
+        loss, clipped, entropy = map(sum, zip(*from_all_ranks([(loss, clipped, entropy)])))
 
         # ---- log and save ----
         run.log(

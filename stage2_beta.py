@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from engine import TAGS, Engine, Sequence, batches, layout, tag_token_ids, token_logprobs
 from stage0_model import (
-    FORMAT_PROMPT, KINDS, Run, UserError, load, make_optimizers, make_problems, pick_device, print_inherited,
-    prompt_ids, response_text, run_main, set_lr,
+    FORMAT_PROMPT, KINDS, Run, UserError, from_all_ranks, load, make_optimizers, make_problems, my_share, pick_device, print_inherited,
+    prompt_ids, ranks, response_text, run_main, set_lr, update,
 )  # fmt: skip
 from stage1_zero import parse_response
 
@@ -39,12 +39,13 @@ from stage1_zero import parse_response
 
 
 def rejection_sample(engine, problems, samples, keep, max_new_tokens, temperature, seed, keep_wrong=False):
-    """Sample every problem and keep at most `keep` distinct right and perfectly formatted responses of each.
+    """Sample every problem and keep at most `keep` distinct right and perfectly formatted responses of each.  Each rank samples its
+    share of the problems; all get all results.
 
     Returns (records, reasons): records are dicts for `datasets` (problem, kind, response, plans, blocks, tokens); reasons counts
     what happened to every sample: accepted, duplicate, over the cap, wrong answer, or the worst format violation.
     """
-    tokenizer, records, reasons = engine.tokenizer, [], Counter()
+    tokenizer, problems, records, reasons = engine.tokenizer, my_share(problems), [], Counter()
     prompts = [prompt_ids(tokenizer, p.question, FORMAT_PROMPT) for p in problems]
     responses = engine.generate(
         prompts, n=samples, parallel=False, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=True
@@ -73,7 +74,7 @@ def rejection_sample(engine, problems, samples, keep, max_new_tokens, temperatur
                         "blocks": len(parsed.blocks), "plans": sum(len(plans) for plans, _, _ in parsed.blocks),
                     }  # fmt: skip
                 )
-    return records, reasons
+    return from_all_ranks(records), sum(from_all_ranks([reasons]), Counter())
 
 
 # ======================================================================================================================
@@ -144,6 +145,7 @@ def parse_args(argv=None):
     p.add_argument("--sequential", action="store_true", help="the twin SR-BETA: same data and updates, causal mask, all tokens learned")
     p.add_argument("--epochs", type=float, default=3.0, help="passes over the accepted samples")
     p.add_argument("--batch-tokens", type=int, default=4_096, help="padded tokens per update")
+    p.add_argument("--micro-tokens", type=int, default=16_384, help="padded tokens per forward pass; an update of more is made in several")
     p.add_argument("--lr", type=float, default=2e-3, help="peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model")
     p.add_argument("--muon-lr", type=float, default=2e-3, help="peak Muon learning rate of the matrices; 0: AdamW does it all")
     p.add_argument("--save-every", type=int, default=100, help="updates between resume points")
@@ -174,9 +176,11 @@ def main():
         del engine
         if not records:
             raise UserError(f"none of {sum(reasons.values())} samples was accepted ({dict(reasons)}); train stage 1 for longer")
-        datasets.Dataset.from_list(records).save_to_disk(str(path.with_name("data.part")))
-        path.with_name("data.part").rename(path)
-        (run.path / "rejection.json").write_text(json.dumps(dict(reasons.most_common()), indent=2) + "\n")
+        if run.writes:
+            datasets.Dataset.from_list(records).save_to_disk(str(path.with_name("data.part")))
+            path.with_name("data.part").rename(path)
+            (run.path / "rejection.json").write_text(json.dumps(dict(reasons.most_common()), indent=2) + "\n")
+        from_all_ranks([])  # now every rank finds it
         print(f"sampled {sum(reasons.values())}: " + ", ".join(f"{name} {n}" for name, n in reasons.most_common()))
     data = datasets.load_from_disk(str(path))
     for column in ("problem", "response"):
@@ -202,30 +206,31 @@ def main():
     queue, epoch = [], -1
     for step in bar:
         began = time.time()
-        if not queue or epoch != (step - 1) // per_epoch:  # the epoch a resumed run is in, from where it left off
+        if epoch != (step - 1) // per_epoch:  # the epoch a resumed run is in, from where it left off
             epoch, rng = (step - 1) // per_epoch, random.Random(f"{args.seed}/{(step - 1) // per_epoch}")
             jitter = rng.sample(range(len(sequences)), len(sequences))  # which of equally long responses share a batch
-            cut = list(batches([sequences[i] for i in jitter], args.batch_tokens, device, tokenizer.pad_token_id or 0))
+            cut = [[jitter[i] for i in rows] for rows, *_ in batches([sequences[i] for i in jitter], args.batch_tokens)]
             rng.shuffle(cut)
             queue = cut[(step - 1) % per_epoch :]
-        rows, ids, laid, mask = queue.pop(0)
-        for b, i in enumerate(rows):  # what the engine writes is not learned
-            start = len(sequences[jitter[i]].prompt)
-            written = torch.tensor(forced[jitter[i]], device=device)
-            mask[b, start : start + len(written)] &= ~written
-        logprobs, entropy = token_logprobs(model, ids, laid)  # (B, T)
-        loss = -logprobs[mask].mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        batch = queue.pop(0)  # indices into `sequences`
+        num_tokens = sum(not f for i in batch for f in forced[i])  # what the engine writes is not learned
+        loss = entropy = tokens = 0.0
+        for rows, ids, laid, mask in batches(
+            [sequences[i] for i in batch], args.micro_tokens, device, tokenizer.pad_token_id or 0, share=ranks()
+        ):
+            mask[mask.clone()] = torch.tensor([not f for i in rows for f in forced[batch[i]]], device=device)
+            logprobs, H = token_logprobs(model, ids, laid)  # (B, T) each
+            part = -logprobs[mask].sum() / num_tokens
+            part.backward()
+            loss += part.item()
+            entropy += H[mask].sum().item() / num_tokens
+            tokens += ids.numel()
         set_lr(optimizers, min(1.0, step / 20) * (1 - (step - 1) / steps))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        run.log(
-            step=step, loss=loss.item(), entropy=entropy[mask].mean().item(), grad_norm=norm, epoch=epoch,
-            tokens_per_second=ids.numel() / (time.time() - began),
-        )  # fmt: skip
-        bar.set_postfix(loss=f"{loss.item():.3f}", tok_s=f"{ids.numel() / (time.time() - began):.0f}", refresh=False)
+        norm = update(model, optimizers)
+        loss, entropy, tokens = map(sum, zip(*from_all_ranks([(loss, entropy, tokens)])))
+        speed = tokens / (time.time() - began)
+        run.log(step=step, loss=loss, entropy=entropy, grad_norm=norm, epoch=epoch, tokens_per_second=speed)
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
         if step % args.save_every == 0:
             run.checkpoint(model, optimizers, step)
     run.finish(model, tokenizer)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from engine import Engine, Sequence, batches, token_logprobs
 from stage0_model import (
-    FORMAT_PROMPT, KINDS, Run, UserError, load, make_optimizers, make_problems, pick_device, print_inherited, prompt_ids,
-    response_text, run_main, set_lr,
+    FORMAT_PROMPT, KINDS, Run, UserError, from_all_ranks, load, make_optimizers, make_problems, my_share, pick_device, print_inherited,
+    prompt_ids, ranks, response_text, run_main, set_lr, update,
 )  # fmt: skip
 from stage1_zero import dapo_advantages, dapo_loss, format_score
 
@@ -102,22 +102,26 @@ def main():
         began = time.time()
 
         # ---- rollout and reward: the schema filter drops what is malformed or truncated ----
-        problems = make_problems(args.kind, "train", args.prompts, f"{args.seed}/{step}")
+        problems = my_share(make_problems(args.kind, "train", args.prompts, f"{args.seed}/{step}"))
         prompts = [prompt_ids(tokenizer, p.question, FORMAT_PROMPT) for p in problems]
         responses = engine.generate(
             prompts, n=args.group_size, parallel=not args.sequential, max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=hash((args.seed, step)) & 0xFFFFFFFF, max_branches=args.max_branches,
         )  # fmt: skip
-        batch, judged = [], []  # batch: (group, prompt, rollout, reward)
-        for g, (problem, prompt, rollouts) in enumerate(zip(problems, prompts, responses)):
+        drawn = []
+        for problem, prompt, rollouts in zip(problems, prompts, responses):
+            rewards, verdicts = [], []
             for rollout in rollouts:
                 text = response_text(tokenizer, rollout.ids)
                 valid = rollout.finish_reason == "stop" and format_score(text) == 0
                 right = problem.verify(text)
-                R = 1.0 if right and valid else -1.0
-                judged.append((valid, right, R, len(rollout.ids), rollout.critical_path, rollout.max_branches, problem.question, text))
-                if valid or args.no_schema_filter:
-                    batch.append((g, prompt, rollout, R))
+                rewards.append(1.0 if right and valid else -1.0)
+                verdicts.append((valid, right, rewards[-1], len(rollout.ids), rollout.critical_path, rollout.max_branches, problem.question, text))
+            drawn.append((prompt, rollouts, rewards, verdicts))
+        batch, judged = [], []  # batch: (group, prompt, rollout, reward)
+        for g, (prompt, rollouts, rewards, verdicts) in enumerate(from_all_ranks(drawn)):
+            judged += verdicts
+            batch += [(g, prompt, r, R) for r, R, (valid, *_) in zip(rollouts, rewards, verdicts) if valid or args.no_schema_filter]
         rollout_seconds = time.time() - began
         valid, accuracy, reward, length, path, plans = (float(np.mean([j[i] for j in judged])) for i in range(6))
 
@@ -131,7 +135,7 @@ def main():
         num_tokens = max(1, sum(map(sum, acted)))
         sequences = [Sequence(prompt, r.ids, None if args.sequential else r.layout) for _, prompt, r, _ in batch]
         for _ in range(args.clip_updates or 1):
-            for rows, ids, laid, mask in batches(sequences, args.micro_tokens, device):
+            for rows, ids, laid, mask in batches(sequences, args.micro_tokens, device, share=ranks()):
                 old = torch.zeros(ids.shape, device=device)
                 old[mask] = torch.tensor([x for i in rows for x in batch[i][2].logprobs], device=device)
                 mask[mask.clone()] = torch.tensor([x for i in rows for x in acted[i]], device=device)
@@ -145,10 +149,9 @@ def main():
                 gap = max(gap, ((logprobs.detach() - old) * sampled).abs().max().item())  # rollout against training forward
                 entropy += H[mask].sum().item() / num_tokens / (args.clip_updates or 1)
                 loss += part.item() / (args.clip_updates or 1)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            norm = update(model, optimizers) if batch else 0.0
+        losses, entropies, gaps = zip(*from_all_ranks([(loss, entropy, gap)]))
+        loss, entropy, gap = sum(losses), sum(entropies), max(gaps)
 
         # ---- log and save ----
         run.log(
