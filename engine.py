@@ -645,9 +645,11 @@ class Engine:
 
     def fork(self, request):
         """Validate the guideline that just closed, then open one branch per plan, each with its forced beginning."""
-        plans, problem = self.read_plans(request.ids[request.opened + 1 : -1])
+        plans, space, problem = self.read_plans(request.ids[request.opened + 1 : -1])
         room = self.max_new_tokens - request.used
-        openings = [[self.tag_ids["<step>"], *self.tokenizer.encode(f"{i}:", add_special_tokens=False)] for i in range(1, plans + 1)]
+        # a checkpoint trained elsewhere may give every tag a line of its own (NPR-4B does): its steps open with the white space that it
+        # has just written itself.  That space belongs to the branch, as in `layout`.
+        openings = [self.tokenizer.encode(f"{space}<step>{space}{i}:", add_special_tokens=False) for i in range(1, plans + 1)]
         if not problem and not 1 <= plans <= self.max_branches:
             problem = f"{plans} plans, allowed are 1 to {self.max_branches}"
         if not problem and sum(map(len, openings)) + plans > room:
@@ -664,20 +666,20 @@ class Engine:
             request.heads.append(len(request.ids) - 1)
 
     def read_plans(self, inside):
-        """(number of plans, problem or '') of the ids between <guideline> and </guideline>.  The tags' order is already known
-        to be right; left to check are the numbers, that no plan is empty, and that nothing stands between plans."""
-        count, content, outside, in_plan = 0, [], [], False
+        """(number of plans, white space after the last, problem or '') of the ids between <guideline> and </guideline>.  The tags' order
+        is already known to be right; left to check are the numbers, that no plan is empty, and that nothing stands between plans."""
+        count, content, outside, in_plan, last = 0, [], [], False, 0
         for token in inside:
             tag = self.tag_of.get(token)
             if tag == "<plan>":
                 in_plan, content = True, []
             elif tag == "</plan>":
-                in_plan, count = False, count + 1
+                in_plan, count, last = False, count + 1, len(outside)
                 if not re.match(rf"\s*{count}:\s*\S", self.tokenizer.decode(content)):
-                    return count, f"plan {count} does not read '{count}: ..'"
+                    return count, "", f"plan {count} does not read '{count}: ..'"
             else:
                 (content if in_plan else outside).append(token)
-        return count, "text between plans" if self.tokenizer.decode(outside).strip() else ""
+        return count, self.tokenizer.decode(outside[last:]), "text between plans" if self.tokenizer.decode(outside).strip() else ""
 
     def join(self, request):
         """All branches have closed: the trunk goes on, seeing every one of them, one position after the longest."""

@@ -580,7 +580,8 @@ class Qwen3(nn.Module):
 def load(path_or_hub_name, device=None, dtype=None):
     """(model, tokenizer) from a Hugging Face folder or hub name.
 
-    dtype: torch dtype of the weights, fp32 when None.  Raises UserError when the checkpoint is missing, is not a Qwen3, or lacks a
+    dtype: torch dtype of the weights; None: what config.json says (`dtype`, or `torch_dtype` as it was called before transformers 5), bf16
+    or else fp32.  Weights of another dtype are cast.  Raises UserError when the checkpoint is missing, is not a plain Qwen3, or lacks a
     field that has no safe default (rope_theta: 1e4, 1e6 and 5e6 are all in use, and a wrong one fails silently).
     """
     path = Path(path_or_hub_name)
@@ -598,14 +599,13 @@ def load(path_or_hub_name, device=None, dtype=None):
     raw = json.loads((path / "config.json").read_text())
     if raw.get("model_type") != "qwen3":
         raise UserError(f"{path}/config.json: model_type is {raw.get('model_type')!r}, this project reads 'qwen3' only")
-    for key in ("quantization_config", "rope_scaling"):
-        if raw.get(key):
-            raise UserError(f"{path}/config.json: {key} is not supported; use a checkpoint without it")
-    if raw.get("use_sliding_window"):
-        raise UserError(f"{path}/config.json: use_sliding_window is not supported; use a checkpoint without it")
     rope = raw.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{path}/config.json: rope_type {rope['rope_type']!r} is not supported; only 'default' is")
+    refused = [key for key in ("quantization_config", "rope_scaling", "use_sliding_window", "attention_bias") if raw.get(key)]
+    refused += [f"layer_types {kind!r}" for kind in sorted(set(raw.get("layer_types") or ()) - {"full_attention"})]
+    refused += [f"rope_type {rope['rope_type']!r}"] if rope.get("rope_type", "default") != "default" else []
+    refused += [f"hidden_act {raw['hidden_act']!r}"] if raw.get("hidden_act", "silu") != "silu" else []
+    if refused:
+        raise UserError(f"{path}/config.json: {refused[0]} is not supported; use a checkpoint without it")
     raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
     known = {f.name for f in fields(Qwen3Config)}
     missing = [k for k in sorted(known - {"initializer_range"}) if raw.get(k) is None and k != "tie_word_embeddings"]
@@ -614,9 +614,12 @@ def load(path_or_hub_name, device=None, dtype=None):
     raw.setdefault("tie_word_embeddings", False)
     config = Qwen3Config(**{k: v for k, v in raw.items() if k in known})
 
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{path}: no .safetensors weights; is the stage that writes it finished?")
+    index = path / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = [path / name for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing: no .safetensors weights there; finish the stage that writes it, or the download")
     weights = {}
     for file in files:
         try:
@@ -631,8 +634,21 @@ def load(path_or_hub_name, device=None, dtype=None):
     wrong = [k for k in wanted if k not in weights or weights[k].shape != wanted[k].shape] + [k for k in weights if k not in wanted]
     if wrong:
         raise UserError(f"{path}: weights do not fit config.json at {wrong[0]} (and {len(wrong) - 1} more); expected a Qwen3 checkpoint")
-    model.load_state_dict({k: v.to(dtype or torch.float32) for k, v in weights.items()}, assign=True)
+    if dtype is None:
+        dtype = torch.bfloat16 if raw.get("dtype", raw.get("torch_dtype")) == "bfloat16" else torch.float32
+    model.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
+
+    # A turn may end in several ways: Qwen3 lists them in generation_config.json, and its base models name only <|endoftext|>, though
+    # their chat template closes a turn with <|im_end|>, the one that is learned here.
     tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.chat_template:
+        raise UserError(f"{path}: the tokenizer has no chat template; copy chat_template.jinja from the instruct model of the same family")
+    if "<|im_end|>" in tokenizer.get_vocab():
+        tokenizer.eos_token = "<|im_end|>"
+    generation = path / "generation_config.json"
+    more = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    ends = {tokenizer.eos_token_id}.union(*(x if isinstance(x, list) else [x] for x in (config.eos_token_id, more) if x is not None))
+    config.eos_token_id = sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id
     return model.to(device or "cpu").requires_grad_(True), tokenizer
 
 
@@ -646,6 +662,8 @@ def save(model, tokenizer, path):
     config["dtype"] = str(model.model["embed_tokens"].weight.dtype).removeprefix("torch.")
     # both spellings of theta: transformers 5 reads the nested one, older readers (and vLLM, SGLang) the flat one
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": model.config.rope_theta}
+    ends = {"eos_token_id": model.config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    write_atomic(path / "generation_config.json", lambda file: file.write_text(json.dumps(ends, indent=2) + "\n"))
     write_atomic(path / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
     state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     write_atomic(path / "model.safetensors", lambda file: save_file(state, file, metadata={"format": "pt"}))
@@ -858,8 +876,9 @@ def set_lr(optimizers, factor):
 
 
 def response_text(tokenizer, ids):
-    """Decoded response without chat markup; tags stay, whether they are text or tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    """Decoded response without chat markup; tags stay, whether they are text, tokens, or tokens marked special (as in NPR-4B)."""
+    markup = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and not ANY_TAG.fullmatch(token.content)}
+    return tokenizer.decode([i for i in ids if i not in markup])
 
 
 def print_inherited(path):
