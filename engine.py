@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from stage0_model import FORMAT_PROMPT, UserError, load, pad_rows, pick_device, prompt_ids, run_main, visible_mask
@@ -181,17 +182,31 @@ def batches(sequences, max_tokens, device="cpu", pad=0, share=(0, 1)):
         yield rows, ids.to(device), Layout(*integers.to(device)), mask.to(device)
 
 
+MAX_LOGITS = 2**25  # largest number of logits that exists at a time: 128 MB in fp32
+
+
 def token_logprobs(model, ids, layout=None):
     """Log-probability of every token given its predecessor, and the entropy it was drawn from.
 
     ids (B, T) -> two (B, T) fp32 tensors; entry t is of ids[:, t], column 0 is zero.  A branch's first token follows the last one
     of its sibling in this order, so its entry means nothing; the engine forces that token, so no loss or sample ever uses it.
     """
-    logits = model(ids, layout)[:, :-1].float()  # (B, T-1, V)
-    log_p = logits.log_softmax(-1)  # (B, T-1, V)
-    chosen = log_p.gather(-1, ids[:, 1:, None])[..., 0]  # (B, T-1)
-    with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)  # (B, T-1)
+
+    def score(x, target):  # (M, C), (M,) -> (M,), (M,)
+        log_p = model.logits(x).float().log_softmax(-1)  # (M, V)
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(-1)  # (M,)
+        return log_p.gather(-1, target[:, None])[:, 0], entropy
+
+    x, target = model.hidden(ids, layout).flatten(0, 1), ids.roll(-1, 1).flatten()  # (B*T, C), (B*T,)
+    # with Qwen3's 151,936 words the logits of 16k tokens would take 10 GB, and their softmax as much again; so only one chunk of them
+    # exists at a time, and backward computes it anew
+    size = max(1, MAX_LOGITS // model.config.vocab_size)
+    if len(x) > size and torch.is_grad_enabled():
+        parts = [checkpoint(score, a, b, use_reentrant=False) for a, b in zip(x.split(size), target.split(size))]
+    else:
+        parts = [score(a, b) for a, b in zip(x.split(size), target.split(size))]
+    chosen, entropy = (torch.cat(part).view(ids.shape)[:, :-1] for part in zip(*parts))  # (B, T-1)
     return F.pad(chosen, (1, 0)), F.pad(entropy, (1, 0))
 
 

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -58,6 +59,9 @@ SPLITS = ("train", "tune", "heldout", "hard")
 # What the user turn is preceded by.  One asks for ordinary step-by-step work, the other for the parallel format.
 PLAIN_PROMPT = "Work step by step, then give the boxed answer."
 FORMAT_PROMPT = "Work in parallel: guideline of plans, one step for each plan, takeaway, then the boxed answer."
+# The same two requests for models that were not brought up on the lines above.
+REAL_PLAIN_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+REAL_FORMAT_PROMPT_FILE = Path(__file__).parent / "assets" / "format_prompt.txt"
 
 ANY_TAG = re.compile(r"</?(?:guideline|plan|step|takeaway)>")
 
@@ -74,11 +78,14 @@ class Problem:
     def verify(self, response_text):
         r"""True if the last `\boxed{}` after the last block is a right answer.  Boxes inside a block do not count.
 
-        `countdown` accepts every expression that uses each given number at most once and reaches the target.
+        `countdown` accepts every expression that uses each given number at most once and reaches the target; real problems are left to
+        the JUDGES of section 1b.
         """
         boxed = last_boxed(ANY_TAG.split(response_text)[-1])
         if boxed is None:
             return False
+        if self.kind in JUDGES:
+            return JUDGES[self.kind](boxed, self.answer)
         if self.kind == "countdown":
             value, used = evaluate(boxed)
             left = list(self.parts["numbers"])
@@ -214,6 +221,151 @@ def make_problems(kind, split, n, seed):
             seen.add(problem.question)
             problems.append(problem)
     return problems
+
+
+# ======================================================================================================================
+# 1b. Real problems: data sets, and who judges their answers
+# ======================================================================================================================
+
+# Where data sets keep questions and answers; the first column that a row has is taken.
+QUESTION_COLUMNS = ("problem", "question", "prompt", "puzzle")
+ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth", "expected_answer", "reward_model", "solution")
+
+
+def read_rows(name):
+    """Rows of a data set: a .json, .jsonl or .parquet file, a folder that `datasets` saved, or a hub name (name:config where the hub
+    has several).  Of several splits, train, test or else the first.  Raises UserError when it is none of these."""
+    path = Path(name)
+    if path.suffix in (".json", ".jsonl", ".parquet") and not path.is_file():
+        raise UserError(f"{name}: no such file; expected problems as json, jsonl or parquet")
+    if path.suffix in (".json", ".jsonl"):
+        try:
+            text = path.read_text()
+            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+        except ValueError as error:
+            raise UserError(f"{name}: not readable as {path.suffix[1:]} ({error})")
+        if not isinstance(rows, list) or not rows:
+            raise UserError(f"{name}: expected a list of problems, found {'an empty one' if rows == [] else 'something else'}")
+        return rows
+    if path.suffix != ".parquet" and not path.is_dir() and (len(path.parts) != 2 or path.parts[0] in ("out", "..", ".", "/")):
+        raise UserError(f"{name}: no such folder or file; expected a json, jsonl or parquet file, a folder of `datasets`, or a hub name")
+    import datasets  # here and not above: a second that only real data has to pay for
+
+    try:
+        if path.suffix == ".parquet":
+            return datasets.Dataset.from_parquet(str(path)).to_list()
+        saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+        repository, _, config = str(name).partition(":")
+        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(repository, config or None)
+    except Exception as error:
+        raise UserError(f"{name}: not a data set that `datasets` or the hub can give ({type(error).__name__}: {str(error).splitlines()[0]})")
+    if isinstance(data, dict):
+        data = data[next((split for split in ("train", "test") if split in data), next(iter(data)))]
+    return data.to_list()
+
+
+def read_problems(name, question_column="", answer_column=""):
+    """Problems of a data set (`read_rows`).  The columns are found by name unless given.
+
+    kind is `math`, or `choice` when the answer is one of given options or a single capital letter, or `grid` when it is a table (ZebraLogic).
+    A conversation in the form of ORZ-57k, [{value: question}, {ground_truth: {value: answer}}], counts as a question and an answer.
+    Raises UserError when a column cannot be found, or when math-verify is needed and not installed.
+    """
+
+    def column(row, given, names, flag):
+        for key in (given,) if given else names:
+            if row.get(key) is not None:
+                return key, row[key]
+        wanted = given or ", ".join(names)
+        raise UserError(f"{name}: row {len(problems)} has no column {wanted} (it has: {', '.join(row)}); name one with --{flag}-column")
+
+    problems = []
+    for row in read_rows(name):
+        if isinstance(row, dict) and {"0", "1"} <= row.keys():  # ORZ-57k as the hub stores it; as a file each row is a list
+            row = [row["0"], row["1"]]
+        if isinstance(row, list):
+            row = {"question": row[0].get("value"), "answer": row[1].get("ground_truth")}
+        _, question = column(row, question_column, QUESTION_COLUMNS, "question")
+        source, answer = column(row, answer_column, ANSWER_COLUMNS, "answer")
+        if isinstance(question, list):  # a chat
+            question = [turn["content"] for turn in question if turn["role"] == "user"][-1]
+        if isinstance(answer, dict) and "rows" in answer:
+            head, *columns = answer["header"]  # of a logic grid: House, then what is asked for
+            if any(cell == "___" for cells in answer["rows"] for cell in cells):
+                raise UserError(f"{name}: the solutions are masked (___); take the version that has them, allenai/ZebraLogicBench-private")
+            grid = {f"{head} {cells[0]}": dict(zip(columns, cells[1:])) for cells in answer["rows"]}
+            blank = json.dumps({house: dict.fromkeys(columns, "...") for house in grid})
+            question += f"\n\nGive the whole solution as JSON: \\boxed{{{blank}}}"
+            problems.append(Problem("grid", question, json.dumps(grid)))
+            continue
+        if isinstance(answer, dict):
+            answer = answer.get("ground_truth", answer.get("value"))
+        answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+        if source == "solution" and last_boxed(answer) is None:
+            raise UserError(f"{name}: the solution of row {len(problems)} has no \\boxed{{answer}}; name another with --answer-column")
+        answer = (last_boxed(answer) or answer).strip()
+        options = row.get("options") or row.get("choices")
+        if options:
+            letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+            question += "\n" + "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options)) + "\nAnswer with the letter."
+            answer = letters[int(answer)] if answer.isdigit() else letters[options.index(answer)] if answer in options else answer
+        problems.append(Problem("choice" if options or re.fullmatch("[A-Z]", answer) else "math", question.strip(), answer))
+    if any(p.kind == "math" for p in problems):
+        try:
+            import math_verify  # noqa: F401
+        except ImportError:
+            raise UserError(f"{name}: judging real mathematics needs math-verify; pip install math-verify")
+    return problems
+
+
+def same_math(boxed, answer):
+    r"""Are two answers mathematically the same?  math-verify parses both (it never evaluates text) and gives up after 5 s each.
+
+    '0.5', '\frac{1}{2}' -> True      '(0, 1]', '[0, 1]' -> False
+    """
+    from math_verify import parse, verify  # optional: only real mathematics needs it
+
+    if boxed.strip() == answer:
+        return True
+    if len(boxed) > 1000:
+        return False
+    gold, given = (parse(f"\\boxed{{{x}}}", parsing_timeout=5) for x in (answer, boxed))
+    return verify(gold, given, timeout_seconds=5)
+
+
+def same_choice(boxed, answer):
+    """The letter itself, whatever it is wrapped in: '(B)', '\\text{B}.', 'b' -> B."""
+    return re.sub(r"\\(?:text\w*|mathrm|mathbf)|[^A-Za-z]", "", boxed).upper() == answer
+
+
+def same_grid(boxed, answer):
+    """Every cell of a logic grid, case and outer white space apart; `boxed` is JSON, with or without its outer braces."""
+    try:
+        text = boxed.strip()
+        given = json.loads(text if text.startswith("{") else f"{{{text}}}")
+        cell = lambda x: str(x).strip().lower()  # noqa: E731
+        return all(cell(given[house][key]) == cell(value) for house, row in json.loads(answer).items() for key, value in row.items())
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+JUDGES = {"math": same_math, "choice": same_choice, "grid": same_grid}
+
+
+def draw_problems(data, kind, n, seed):
+    """n problems for one step: of `data` (a list, or None), distinct while there are enough; without data made ones of the train split."""
+    return make_problems(kind, "train", n, seed) if data is None else random.Random(seed).sample(data, min(n, len(data)))
+
+
+def read_prompt(prompt_file, data):
+    """What asks for the format: the text of prompt_file; by default FORMAT_PROMPT, which the tiny base was brought up on, or with real
+    data the instructions in assets/format_prompt.txt.  A text with {question} in it is the whole user turn, else it is the system prompt."""
+    if not prompt_file and not data:
+        return FORMAT_PROMPT
+    file = Path(prompt_file or REAL_FORMAT_PROMPT_FILE)
+    if not file.is_file():
+        raise UserError(f"--prompt-file {file}: no such file; expected a text like {REAL_FORMAT_PROMPT_FILE}")
+    return file.read_text().strip()
 
 
 # ======================================================================================================================
@@ -394,8 +546,10 @@ def train_tokenizer(texts, vocab_size=400):
 
 
 def prompt_ids(tokenizer, question, system_prompt):
-    """Token ids of the chat prompt up to where the assistant begins to speak."""
+    """Token ids of the chat prompt up to where the assistant begins to speak.  A system prompt with {question} in it is the user turn."""
     messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+    if "{question}" in system_prompt:
+        messages = [{"role": "user", "content": system_prompt.replace("{question}", question)}]
     # enable_thinking=False asks Qwen3's own template for its non-thinking mode; templates without the switch ignore it
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -758,15 +912,19 @@ def update(model, optimizers):
 
     Each rank's loss is divided by the token count of the *whole* batch, so the gradients are summed and not averaged.
     """
+    trained = [getattr(p, "master", p) for p in model.parameters()]
     if dist.is_initialized():
-        for p in model.parameters():
+        for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without work
-        for work in [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]:
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in trained]:
             work.wait()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    norm = nn.utils.clip_grad_norm_(trained, 1.0).item()
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
+    for p, master in zip(model.parameters(), trained):
+        if master is not p:
+            p.data.copy_(master)
     return norm
 
 
@@ -800,7 +958,11 @@ class Run:
             return 0
         state = load_file(state_file)
         step = int(state.pop("step"))
-        model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(state[f"model.{name}"])
+                if hasattr(p, "master"):
+                    p.master.copy_(state[f"model.{name}"])
         for i, optimizer in enumerate(optimizers):
             packed = optimizer.state_dict()
             packed["state"] = {}
@@ -819,7 +981,7 @@ class Run:
         """Write what `start` reads back."""
         if not self.writes:
             return
-        state = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        state = {f"model.{k}": getattr(p, "master", p).detach().cpu().contiguous() for k, p in model.named_parameters()}
         for i, optimizer in enumerate(optimizers):
             for parameter, values in optimizer.state_dict()["state"].items():
                 for name, value in values.items():
@@ -855,10 +1017,24 @@ class Run:
 
 
 def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99)):
-    """AdamW on everything; with muon_lr > 0, Muon on the matrices of the blocks and AdamW on the rest."""
+    """AdamW on everything; with muon_lr > 0, Muon on the matrices of the blocks and AdamW on the rest.
+
+    A weight that is not fp32 gets an fp32 master, `p.master`: added to a bf16 weight, a step of less than 1/256 of it is rounded away.
+    Backward adds its gradients up in the master's, the optimizers step the masters, and `update` rounds them back into the model.
+    """
+
+    def hand_over(p):
+        p.master.grad = p.grad.float() if p.master.grad is None else p.master.grad.add_(p.grad)
+        p.grad = None
+
+    for p in model.parameters():
+        if p.dtype != torch.float32:
+            p.master = p.detach().float()
+            p.register_post_accumulate_grad_hook(hand_over)
     matrices = [p for p in model.model["layers"].parameters() if p.dim() == 2] if muon_lr else []
     taken = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    rest = [getattr(p, "master", p) for p in model.parameters() if id(p) not in taken]
+    matrices = [getattr(p, "master", p) for p in matrices]
     optimizers = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0)]
     if muon_lr:
         optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01))
@@ -866,6 +1042,19 @@ def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99)):
         for g in optimizer.param_groups:
             g["base_lr"] = g["lr"]
     return optimizers
+
+
+def recompute_activations(model):
+    """Keep only every block's input for the backward pass, and compute what is inside again there: a third more time, and a few dozen
+    times less memory for activations.  Decoding, without gradients, is not touched."""
+    for block in model.model["layers"]:
+
+        def forward(*args, run=block.forward):
+            if not torch.is_grad_enabled():
+                return run(*args)
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+
+        block.forward = forward
 
 
 def set_lr(optimizers, factor):

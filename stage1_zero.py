@@ -7,7 +7,8 @@ answer:  R = F if F < 0 else +1 / -1.     A_i = (R_i - mean_G) / (std_G + eps)
 L = -(1 / sum_i |y_i|) sum_i sum_t min(r_it A_i, clip(r_it, 1 - 0.2, 1 + 0.28) A_i),     r_it = pi(y_it) / pi_old(y_it)
 
     python stage1_zero.py                         # reads out/stage0, writes out/stage1
-    python stage1_zero.py --init Qwen/Qwen3-4B-Instruct-2507
+    python stage1_zero.py --init Qwen/Qwen3-4B-Instruct-2507 --data orz_math_57k_collected.json ..   # README, "With a real model"
+    torchrun --nproc-per-node 2 stage1_zero.py    # data-parallel: same numbers, less time
 
 Differences from the paper: (1) it grades violations in (-2, 0]; here every violation scores in [-2, -1.1], because a violation milder
 than a wrong answer (-1) is worth committing, and the policy collapses into nearly valid.
@@ -26,8 +27,8 @@ from tqdm import tqdm
 
 from engine import Engine, Sequence, batches, token_logprobs
 from stage0_model import (
-    ANY_TAG, FORMAT_PROMPT, KINDS, Run, from_all_ranks, load, make_optimizers, make_problems, my_share, pick_device, print_inherited,
-    prompt_ids, ranks, response_text, run_main, set_lr, update,
+    ANY_TAG, KINDS, Run, draw_problems, from_all_ranks, load, make_optimizers, my_share, pick_device, print_inherited, prompt_ids,
+    ranks, read_problems, read_prompt, recompute_activations, response_text, run_main, set_lr, update,
 )  # fmt: skip
 
 # ======================================================================================================================
@@ -174,6 +175,10 @@ def parse_args(argv=None):
     p.add_argument("--init", default="out/stage0", help="checkpoint to start from: folder or hub name")
     p.add_argument("--out", default="out/stage1", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
+    p.add_argument("--data", default="", help="real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name")
+    p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
+    p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
+    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
     p.add_argument("--steps", type=int, default=24, help="rollout batches")
     p.add_argument("--prompts", type=int, default=16, help="questions per step")
     p.add_argument("--group-size", type=int, default=16, help="responses per question, G")
@@ -186,6 +191,8 @@ def parse_args(argv=None):
     p.add_argument("--overlong-buffer", type=int, default=128, help="tokens before the budget over which the overlong penalty grows")
     p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts; 1 keeps the old log-probabilities exact")
     p.add_argument("--micro-tokens", type=int, default=16_384, help="padded tokens per forward pass")
+    p.add_argument("--recompute", action="store_true", help="compute activations anew for backward: a third slower, far less memory")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--save-every", type=int, default=10, help="steps between resume points, and between episode dumps")
     p.add_argument("--seed", type=int, default=0, help="seed of problems and sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
@@ -196,9 +203,13 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     print_inherited(args.init)
-    model, tokenizer = load(args.init, device)
+    model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
+    data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
+    format_prompt = read_prompt(args.prompt_file, args.data)
     run, engine = Run(args), Engine(model, tokenizer)
     optimizers = make_optimizers(model, args.lr)
+    if args.recompute:
+        recompute_activations(model)
     first = run.start(model, optimizers)
 
     bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 1", mininterval=0)
@@ -208,8 +219,8 @@ def main():
         # ---- rollout and reward: dynamic sampling, until enough groups have something to tell apart ----
         groups, sampled, judged = [], 0, []
         for draw in range(args.max_rounds):
-            problems = my_share(make_problems(args.kind, "train", args.prompts - len(groups), f"{args.seed}/{step}/{draw}"))
-            prompts = [prompt_ids(tokenizer, p.question, FORMAT_PROMPT) for p in problems]
+            problems = my_share(draw_problems(data, args.kind, args.prompts - len(groups), f"{args.seed}/{step}/{draw}"))
+            prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
             responses = engine.generate(
                 prompts, n=args.group_size, parallel=False, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                 seed=hash((args.seed, step, draw)) & 0xFFFFFFFF,

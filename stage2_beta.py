@@ -17,6 +17,7 @@ are never sampled, and a branch cannot know its number from what it sees.
 import argparse
 import json
 import random
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,8 +29,8 @@ from tqdm import tqdm
 
 from engine import TAGS, Engine, Sequence, batches, layout, tag_token_ids, token_logprobs
 from stage0_model import (
-    FORMAT_PROMPT, KINDS, Run, UserError, from_all_ranks, load, make_optimizers, make_problems, my_share, pick_device, print_inherited,
-    prompt_ids, ranks, response_text, run_main, set_lr, update,
+    ANY_TAG, KINDS, Run, UserError, draw_problems, from_all_ranks, load, make_optimizers, my_share, pick_device, print_inherited,
+    prompt_ids, ranks, read_problems, read_prompt, read_rows, recompute_activations, response_text, run_main, set_lr, update,
 )  # fmt: skip
 from stage1_zero import parse_response
 
@@ -38,7 +39,7 @@ from stage1_zero import parse_response
 # ======================================================================================================================
 
 
-def rejection_sample(engine, problems, samples, keep, max_new_tokens, temperature, seed, keep_wrong=False):
+def rejection_sample(engine, problems, format_prompt, samples, keep, max_new_tokens, temperature, seed, keep_wrong=False):
     """Sample every problem and keep at most `keep` distinct right and perfectly formatted responses of each.  Each rank samples its
     share of the problems; all get all results.
 
@@ -46,7 +47,7 @@ def rejection_sample(engine, problems, samples, keep, max_new_tokens, temperatur
     what happened to every sample: accepted, duplicate, over the cap, wrong answer, or the worst format violation.
     """
     tokenizer, problems, records, reasons = engine.tokenizer, my_share(problems), [], Counter()
-    prompts = [prompt_ids(tokenizer, p.question, FORMAT_PROMPT) for p in problems]
+    prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
     responses = engine.generate(
         prompts, n=samples, parallel=False, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=True
     )
@@ -104,10 +105,12 @@ def add_tag_tokens(model, tokenizer):
 
 
 def encode_response(tokenizer, text, sequential):
-    """A response text -> (ids with end of turn, Layout or None, forced flags).
+    """A response text -> (ids with end of turn, Layout or None, forced flags).  White space between tags, and before a step's number, is
+    dropped: an instruction-tuned model gives every tag a line of its own, the engine writes the canonical form.
 
     forced is True for what the engine writes by itself in parallel mode.  Raises MalformedTrajectory for text with broken tags.
     """
+    text = re.sub(rf"({ANY_TAG.pattern})\s+(?={ANY_TAG.pattern})|(<step>)\s+(?=\d)", r"\1\2", text)
     ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
     if sequential:
         return ids, None, [False] * len(ids)
@@ -134,8 +137,11 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--init", default="out/stage1", help="checkpoint that is sampled and then fine-tuned: folder or hub name")
     p.add_argument("--out", default="out/stage2", help="folder to write the checkpoint to")
-    p.add_argument("--data", default="", help="a dataset this stage saved before, used instead of sampling")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to sample")
+    p.add_argument("--data", default="", help="real problems to sample, or (with a column `response`) samples that this stage saved: as in stage 1")
+    p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
+    p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
+    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
     p.add_argument("--problems", type=int, default=2100, help="questions to sample")
     p.add_argument("--samples", type=int, default=2, help="responses per question, K")
     p.add_argument("--keep", type=int, default=2, help="accepted responses kept per question at most, m")
@@ -148,6 +154,8 @@ def parse_args(argv=None):
     p.add_argument("--micro-tokens", type=int, default=16_384, help="padded tokens per forward pass; an update of more is made in several")
     p.add_argument("--lr", type=float, default=2e-3, help="peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model")
     p.add_argument("--muon-lr", type=float, default=2e-3, help="peak Muon learning rate of the matrices; 0: AdamW does it all")
+    p.add_argument("--recompute", action="store_true", help="compute activations anew for backward: a third slower, far less memory")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--save-every", type=int, default=100, help="updates between resume points")
     p.add_argument("--seed", type=int, default=0, help="seed of problems, sampling and order")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
@@ -158,20 +166,21 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     print_inherited(args.init)
-    model, tokenizer = load(args.init, device)
+    model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     if args.data and Path(args.data).resolve() == (Path(args.out) / "data").resolve():
         raise UserError(f"--data {args.data} lies in --out {args.out}, which a new run clears; give --out another folder")
     run = Run(args)
 
     # ---- data: sampled by the checkpoint itself, or read back ----
-    path = Path(args.data) if args.data else run.path / "data"
-    if args.data and not path.is_dir():
-        raise UserError(f"--data {path}: no such folder; expected a dataset saved by stage 2, e.g. out/stage2/data")
-    if not path.is_dir():
-        problems = make_problems(args.kind, "train", args.problems, f"{args.seed}/rejection")
+    path, rows = run.path / "data", read_rows(args.data) if args.data else []
+    ready = bool(rows) and "response" in rows[0]
+    format_prompt = read_prompt(args.prompt_file, args.data and not (ready and rows[0].get("kind") in KINDS))
+    if not ready and not path.is_dir():
+        problems = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
+        problems = draw_problems(problems, args.kind, args.problems, f"{args.seed}/rejection")
         engine = Engine(model, tokenizer)
         records, reasons = rejection_sample(
-            engine, problems, args.samples, args.keep, args.max_new_tokens, args.temperature, args.seed, args.keep_wrong
+            engine, problems, format_prompt, args.samples, args.keep, args.max_new_tokens, args.temperature, args.seed, args.keep_wrong
         )
         del engine
         if not records:
@@ -182,21 +191,22 @@ def main():
             (run.path / "rejection.json").write_text(json.dumps(dict(reasons.most_common()), indent=2) + "\n")
         from_all_ranks([])  # now every rank finds it
         print(f"sampled {sum(reasons.values())}: " + ", ".join(f"{name} {n}" for name, n in reasons.most_common()))
-    data = datasets.load_from_disk(str(path))
-    for column in ("problem", "response"):
-        if column not in data.column_names:
-            raise UserError(f"{path}: no column {column!r} (columns: {', '.join(data.column_names)}); expected a dataset of stage 2")
+    data = rows if ready else read_rows(path)
+    if "problem" not in data[0]:
+        raise UserError(f"{args.data}: samples (column `response`) without a column `problem`; expected what stage 2 saves, e.g. out/stage2/data")
 
     # ---- tag tokens ----
     add_tag_tokens(model, tokenizer)
     optimizers = make_optimizers(model, args.lr, args.muon_lr)
+    if args.recompute:
+        recompute_activations(model)
     first = run.start(model, optimizers)
     sequences, forced = [], []
     for row in data:
         ids, laid, written = encode_response(tokenizer, row["response"], args.sequential)
-        sequences.append(Sequence(prompt_ids(tokenizer, row["problem"], FORMAT_PROMPT), ids, laid))
+        sequences.append(Sequence(prompt_ids(tokenizer, row["problem"], format_prompt), ids, laid))
         forced.append(written)
-    spelled = sum(data["tokens"]) if "tokens" in data.column_names else 0
+    spelled = sum(row.get("tokens", 0) for row in data)
     print(f"{len(sequences)} responses, {sum(len(s.ids) for s in sequences)} tokens (with tags spelled out: {spelled})")
 
     # ---- train: batches of similar lengths in random order, a new order each epoch ----

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from engine import Engine, Sequence, batches, token_logprobs
 from stage0_model import (
-    FORMAT_PROMPT, KINDS, Run, UserError, from_all_ranks, load, make_optimizers, make_problems, my_share, pick_device, print_inherited,
-    prompt_ids, ranks, response_text, run_main, set_lr, update,
+    KINDS, Run, UserError, draw_problems, from_all_ranks, load, make_optimizers, my_share, pick_device, print_inherited, prompt_ids,
+    ranks, read_problems, read_prompt, recompute_activations, response_text, run_main, set_lr, update,
 )  # fmt: skip
 from stage1_zero import dapo_advantages, dapo_loss, format_score
 
@@ -67,6 +67,10 @@ def parse_args(argv=None):
     p.add_argument("--init", default="out/stage2", help="checkpoint to start from: folder or hub name")
     p.add_argument("--out", default="out/stage3", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
+    p.add_argument("--data", default="", help="real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name")
+    p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
+    p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
+    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
     p.add_argument("--steps", type=int, default=50, help="rollout batches, one update each")
     p.add_argument("--prompts", type=int, default=33, help="questions per step")
     p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
@@ -80,6 +84,8 @@ def parse_args(argv=None):
     p.add_argument("--clip-updates", type=int, default=0, help="ablation: so many PPO updates per batch, clipped, instead of one")
     p.add_argument("--count-forced", action="store_true", help="ablation: forced tokens carry loss like sampled ones")
     p.add_argument("--micro-tokens", type=int, default=16_384, help="padded tokens per forward pass")
+    p.add_argument("--recompute", action="store_true", help="compute activations anew for backward: a third slower, far less memory")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--save-every", type=int, default=10, help="steps between resume points, and between episode dumps")
     p.add_argument("--seed", type=int, default=0, help="seed of problems and sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
@@ -92,9 +98,13 @@ def main():
         raise UserError("--count-forced with --clip-updates: a forced token was not sampled, so it has no old probability; give one of them")
     device = pick_device(args.device)
     print_inherited(args.init)
-    model, tokenizer = load(args.init, device)
+    model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
+    data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
+    format_prompt = read_prompt(args.prompt_file, args.data)
     run, engine = Run(args), Engine(model, tokenizer)
     optimizers = make_optimizers(model, args.lr)
+    if args.recompute:
+        recompute_activations(model)
     first = run.start(model, optimizers)
 
     bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 3", mininterval=0)
@@ -102,8 +112,8 @@ def main():
         began = time.time()
 
         # ---- rollout and reward: the schema filter drops what is malformed or truncated ----
-        problems = my_share(make_problems(args.kind, "train", args.prompts, f"{args.seed}/{step}"))
-        prompts = [prompt_ids(tokenizer, p.question, FORMAT_PROMPT) for p in problems]
+        problems = my_share(draw_problems(data, args.kind, args.prompts, f"{args.seed}/{step}"))
+        prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
         responses = engine.generate(
             prompts, n=args.group_size, parallel=not args.sequential, max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=hash((args.seed, step)) & 0xFFFFFFFF, max_branches=args.max_branches,
