@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from stage0_model import FORMAT_PROMPT, UserError, load, pad_rows, pick_device, prompt_ids, run_main, visible_mask
@@ -154,13 +155,14 @@ class Sequence:
     layout: Layout | None = None
 
 
-def batches(sequences, max_tokens, device="cpu", pad=0):
+def batches(sequences, max_tokens, device="cpu", pad=0, share=(0, 1)):
     """Cut sequences into padded batches of at most max_tokens (at least one row each), similar lengths together.
 
+    share: (rank, ranks): only every so-many-th sequence in order of length, so that all ranks have the same amount to do.
     Yields (rows, ids, layout, mask): rows lists indices into `sequences`; ids (B, T) int64; layout with (B, T) tensors; mask
     (B, T) bool, True on response tokens.
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].ids))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].ids))[share[0] :: share[1]]
     while order:
         length = len(sequences[order[-1]].prompt) + len(sequences[order[-1]].ids)  # longest first: memory peaks at once
         rows = order[-max(1, max_tokens // length) :]
@@ -180,17 +182,31 @@ def batches(sequences, max_tokens, device="cpu", pad=0):
         yield rows, ids.to(device), Layout(*integers.to(device)), mask.to(device)
 
 
+MAX_LOGITS = 2**25  # largest number of logits that exists at a time: 128 MB in fp32
+
+
 def token_logprobs(model, ids, layout=None):
     """Log-probability of every token given its predecessor, and the entropy it was drawn from.
 
     ids (B, T) -> two (B, T) fp32 tensors; entry t is of ids[:, t], column 0 is zero.  A branch's first token follows the last one
     of its sibling in this order, so its entry means nothing; the engine forces that token, so no loss or sample ever uses it.
     """
-    logits = model(ids, layout)[:, :-1].float()  # (B, T-1, V)
-    log_p = logits.log_softmax(-1)  # (B, T-1, V)
-    chosen = log_p.gather(-1, ids[:, 1:, None])[..., 0]  # (B, T-1)
-    with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)  # (B, T-1)
+
+    def score(x, target):  # (M, C), (M,) -> (M,), (M,)
+        log_p = model.logits(x).float().log_softmax(-1)  # (M, V)
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(-1)  # (M,)
+        return log_p.gather(-1, target[:, None])[:, 0], entropy
+
+    x, target = model.hidden(ids, layout).flatten(0, 1), ids.roll(-1, 1).flatten()  # (B*T, C), (B*T,)
+    # with Qwen3's 151,936 words the logits of 16k tokens would take 10 GB, and their softmax as much again; so only one chunk of them
+    # exists at a time, and backward computes it anew
+    size = max(1, MAX_LOGITS // model.config.vocab_size)
+    if len(x) > size and torch.is_grad_enabled():
+        parts = [checkpoint(score, a, b, use_reentrant=False) for a, b in zip(x.split(size), target.split(size))]
+    else:
+        parts = [score(a, b) for a, b in zip(x.split(size), target.split(size))]
+    chosen, entropy = (torch.cat(part).view(ids.shape)[:, :-1] for part in zip(*parts))  # (B, T-1)
     return F.pad(chosen, (1, 0)), F.pad(entropy, (1, 0))
 
 
@@ -647,9 +663,11 @@ class Engine:
 
     def fork(self, request):
         """Validate the guideline that just closed, then open one branch per plan, each with its forced beginning."""
-        plans, problem = self.read_plans(request.ids[request.opened + 1 : -1])
+        plans, space, problem = self.read_plans(request.ids[request.opened + 1 : -1])
         room = self.max_new_tokens - request.used
-        openings = [[self.tag_ids["<step>"], *self.tokenizer.encode(f"{i}:", add_special_tokens=False)] for i in range(1, plans + 1)]
+        # a checkpoint trained elsewhere may give every tag a line of its own (NPR-4B does): its steps open with the white space that it
+        # has just written itself.  That space belongs to the branch, as in `layout`.
+        openings = [self.tokenizer.encode(f"{space}<step>{space}{i}:", add_special_tokens=False) for i in range(1, plans + 1)]
         if not problem and not 1 <= plans <= self.max_branches:
             problem = f"{plans} plans, allowed are 1 to {self.max_branches}"
         if not problem and sum(map(len, openings)) + plans > room:
@@ -666,20 +684,20 @@ class Engine:
             request.heads.append(len(request.ids) - 1)
 
     def read_plans(self, inside):
-        """(number of plans, problem or '') of the ids between <guideline> and </guideline>.  The tags' order is already known
-        to be right; left to check are the numbers, that no plan is empty, and that nothing stands between plans."""
-        count, content, outside, in_plan = 0, [], [], False
+        """(number of plans, white space after the last, problem or '') of the ids between <guideline> and </guideline>.  The tags' order
+        is already known to be right; left to check are the numbers, that no plan is empty, and that nothing stands between plans."""
+        count, content, outside, in_plan, last = 0, [], [], False, 0
         for token in inside:
             tag = self.tag_of.get(token)
             if tag == "<plan>":
                 in_plan, content = True, []
             elif tag == "</plan>":
-                in_plan, count = False, count + 1
+                in_plan, count, last = False, count + 1, len(outside)
                 if not re.match(rf"\s*{count}:\s*\S", self.tokenizer.decode(content)):
-                    return count, f"plan {count} does not read '{count}: ..'"
+                    return count, "", f"plan {count} does not read '{count}: ..'"
             else:
                 (content if in_plan else outside).append(token)
-        return count, "text between plans" if self.tokenizer.decode(outside).strip() else ""
+        return count, self.tokenizer.decode(outside[last:]), "text between plans" if self.tokenizer.decode(outside).strip() else ""
 
     def join(self, request):
         """All branches have closed: the trunk goes on, seeing every one of them, one position after the longest."""

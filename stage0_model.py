@@ -15,6 +15,7 @@ Nothing after this stage reads its corpus: from stage 1 on, every training token
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -25,14 +26,17 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -55,6 +59,9 @@ SPLITS = ("train", "tune", "heldout", "hard")
 # What the user turn is preceded by.  One asks for ordinary step-by-step work, the other for the parallel format.
 PLAIN_PROMPT = "Work step by step, then give the boxed answer."
 FORMAT_PROMPT = "Work in parallel: guideline of plans, one step for each plan, takeaway, then the boxed answer."
+# The same two requests for models that were not brought up on the lines above.
+REAL_PLAIN_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+REAL_FORMAT_PROMPT_FILE = Path(__file__).parent / "assets" / "format_prompt.txt"
 
 ANY_TAG = re.compile(r"</?(?:guideline|plan|step|takeaway)>")
 
@@ -71,11 +78,14 @@ class Problem:
     def verify(self, response_text):
         r"""True if the last `\boxed{}` after the last block is a right answer.  Boxes inside a block do not count.
 
-        `countdown` accepts every expression that uses each given number at most once and reaches the target.
+        `countdown` accepts every expression that uses each given number at most once and reaches the target; real problems are left to
+        the JUDGES of section 1b.
         """
         boxed = last_boxed(ANY_TAG.split(response_text)[-1])
         if boxed is None:
             return False
+        if self.kind in JUDGES:
+            return JUDGES[self.kind](boxed, self.answer)
         if self.kind == "countdown":
             value, used = evaluate(boxed)
             left = list(self.parts["numbers"])
@@ -211,6 +221,151 @@ def make_problems(kind, split, n, seed):
             seen.add(problem.question)
             problems.append(problem)
     return problems
+
+
+# ======================================================================================================================
+# 1b. Real problems: data sets, and who judges their answers
+# ======================================================================================================================
+
+# Where data sets keep questions and answers; the first column that a row has is taken.
+QUESTION_COLUMNS = ("problem", "question", "prompt", "puzzle")
+ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth", "expected_answer", "reward_model", "solution")
+
+
+def read_rows(name):
+    """Rows of a data set: a .json, .jsonl or .parquet file, a folder that `datasets` saved, or a hub name (name:config where the hub
+    has several).  Of several splits, train, test or else the first.  Raises UserError when it is none of these."""
+    path = Path(name)
+    if path.suffix in (".json", ".jsonl", ".parquet") and not path.is_file():
+        raise UserError(f"{name}: no such file; expected problems as json, jsonl or parquet")
+    if path.suffix in (".json", ".jsonl"):
+        try:
+            text = path.read_text()
+            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+        except ValueError as error:
+            raise UserError(f"{name}: not readable as {path.suffix[1:]} ({error})")
+        if not isinstance(rows, list) or not rows:
+            raise UserError(f"{name}: expected a list of problems, found {'an empty one' if rows == [] else 'something else'}")
+        return rows
+    if path.suffix != ".parquet" and not path.is_dir() and (len(path.parts) != 2 or path.parts[0] in ("out", "..", ".", "/")):
+        raise UserError(f"{name}: no such folder or file; expected a json, jsonl or parquet file, a folder of `datasets`, or a hub name")
+    import datasets  # here and not above: a second that only real data has to pay for
+
+    try:
+        if path.suffix == ".parquet":
+            return datasets.Dataset.from_parquet(str(path)).to_list()
+        saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+        repository, _, config = str(name).partition(":")
+        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(repository, config or None)
+    except Exception as error:
+        raise UserError(f"{name}: not a data set that `datasets` or the hub can give ({type(error).__name__}: {str(error).splitlines()[0]})")
+    if isinstance(data, dict):
+        data = data[next((split for split in ("train", "test") if split in data), next(iter(data)))]
+    return data.to_list()
+
+
+def read_problems(name, question_column="", answer_column=""):
+    """Problems of a data set (`read_rows`).  The columns are found by name unless given.
+
+    kind is `math`, or `choice` when the answer is one of given options or a single capital letter, or `grid` when it is a table (ZebraLogic).
+    A conversation in the form of ORZ-57k, [{value: question}, {ground_truth: {value: answer}}], counts as a question and an answer.
+    Raises UserError when a column cannot be found, or when math-verify is needed and not installed.
+    """
+
+    def column(row, given, names, flag):
+        for key in (given,) if given else names:
+            if row.get(key) is not None:
+                return key, row[key]
+        wanted = given or ", ".join(names)
+        raise UserError(f"{name}: row {len(problems)} has no column {wanted} (it has: {', '.join(row)}); name one with --{flag}-column")
+
+    problems = []
+    for row in read_rows(name):
+        if isinstance(row, dict) and {"0", "1"} <= row.keys():  # ORZ-57k as the hub stores it; as a file each row is a list
+            row = [row["0"], row["1"]]
+        if isinstance(row, list):
+            row = {"question": row[0].get("value"), "answer": row[1].get("ground_truth")}
+        _, question = column(row, question_column, QUESTION_COLUMNS, "question")
+        source, answer = column(row, answer_column, ANSWER_COLUMNS, "answer")
+        if isinstance(question, list):  # a chat
+            question = [turn["content"] for turn in question if turn["role"] == "user"][-1]
+        if isinstance(answer, dict) and "rows" in answer:
+            head, *columns = answer["header"]  # of a logic grid: House, then what is asked for
+            if any(cell == "___" for cells in answer["rows"] for cell in cells):
+                raise UserError(f"{name}: the solutions are masked (___); take the version that has them, allenai/ZebraLogicBench-private")
+            grid = {f"{head} {cells[0]}": dict(zip(columns, cells[1:])) for cells in answer["rows"]}
+            blank = json.dumps({house: dict.fromkeys(columns, "...") for house in grid})
+            question += f"\n\nGive the whole solution as JSON: \\boxed{{{blank}}}"
+            problems.append(Problem("grid", question, json.dumps(grid)))
+            continue
+        if isinstance(answer, dict):
+            answer = answer.get("ground_truth", answer.get("value"))
+        answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+        if source == "solution" and last_boxed(answer) is None:
+            raise UserError(f"{name}: the solution of row {len(problems)} has no \\boxed{{answer}}; name another with --answer-column")
+        answer = (last_boxed(answer) or answer).strip()
+        options = row.get("options") or row.get("choices")
+        if options:
+            letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+            question += "\n" + "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options)) + "\nAnswer with the letter."
+            answer = letters[int(answer)] if answer.isdigit() else letters[options.index(answer)] if answer in options else answer
+        problems.append(Problem("choice" if options or re.fullmatch("[A-Z]", answer) else "math", question.strip(), answer))
+    if any(p.kind == "math" for p in problems):
+        try:
+            import math_verify  # noqa: F401
+        except ImportError:
+            raise UserError(f"{name}: judging real mathematics needs math-verify; pip install math-verify")
+    return problems
+
+
+def same_math(boxed, answer):
+    r"""Are two answers mathematically the same?  math-verify parses both (it never evaluates text) and gives up after 5 s each.
+
+    '0.5', '\frac{1}{2}' -> True      '(0, 1]', '[0, 1]' -> False
+    """
+    from math_verify import parse, verify  # optional: only real mathematics needs it
+
+    if boxed.strip() == answer:
+        return True
+    if len(boxed) > 1000:
+        return False
+    gold, given = (parse(f"\\boxed{{{x}}}", parsing_timeout=5) for x in (answer, boxed))
+    return verify(gold, given, timeout_seconds=5)
+
+
+def same_choice(boxed, answer):
+    """The letter itself, whatever it is wrapped in: '(B)', '\\text{B}.', 'b' -> B."""
+    return re.sub(r"\\(?:text\w*|mathrm|mathbf)|[^A-Za-z]", "", boxed).upper() == answer
+
+
+def same_grid(boxed, answer):
+    """Every cell of a logic grid, case and outer white space apart; `boxed` is JSON, with or without its outer braces."""
+    try:
+        text = boxed.strip()
+        given = json.loads(text if text.startswith("{") else f"{{{text}}}")
+        cell = lambda x: str(x).strip().lower()  # noqa: E731
+        return all(cell(given[house][key]) == cell(value) for house, row in json.loads(answer).items() for key, value in row.items())
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+JUDGES = {"math": same_math, "choice": same_choice, "grid": same_grid}
+
+
+def draw_problems(data, kind, n, seed):
+    """n problems for one step: of `data` (a list, or None), distinct while there are enough; without data made ones of the train split."""
+    return make_problems(kind, "train", n, seed) if data is None else random.Random(seed).sample(data, min(n, len(data)))
+
+
+def read_prompt(prompt_file, data):
+    """What asks for the format: the text of prompt_file; by default FORMAT_PROMPT, which the tiny base was brought up on, or with real
+    data the instructions in assets/format_prompt.txt.  A text with {question} in it is the whole user turn, else it is the system prompt."""
+    if not prompt_file and not data:
+        return FORMAT_PROMPT
+    file = Path(prompt_file or REAL_FORMAT_PROMPT_FILE)
+    if not file.is_file():
+        raise UserError(f"--prompt-file {file}: no such file; expected a text like {REAL_FORMAT_PROMPT_FILE}")
+    return file.read_text().strip()
 
 
 # ======================================================================================================================
@@ -391,8 +546,10 @@ def train_tokenizer(texts, vocab_size=400):
 
 
 def prompt_ids(tokenizer, question, system_prompt):
-    """Token ids of the chat prompt up to where the assistant begins to speak."""
+    """Token ids of the chat prompt up to where the assistant begins to speak.  A system prompt with {question} in it is the user turn."""
     messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+    if "{question}" in system_prompt:
+        messages = [{"role": "user", "content": system_prompt.replace("{question}", question)}]
     # enable_thinking=False asks Qwen3's own template for its non-thinking mode; templates without the switch ignore it
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -588,7 +745,8 @@ def fused_weights(config):
 def load(path_or_hub_name, device=None, dtype=None):
     """(model, tokenizer) from a Hugging Face folder or hub name.
 
-    dtype: torch dtype of the weights, fp32 when None.  Raises UserError when the checkpoint is missing, is not a Qwen3, or lacks a
+    dtype: torch dtype of the weights; None: what config.json says (`dtype`, or `torch_dtype` as it was called before transformers 5), bf16
+    or else fp32.  Weights of another dtype are cast.  Raises UserError when the checkpoint is missing, is not a plain Qwen3, or lacks a
     field that has no safe default (rope_theta: 1e4, 1e6 and 5e6 are all in use, and a wrong one fails silently).
     """
     path = Path(path_or_hub_name)
@@ -606,14 +764,13 @@ def load(path_or_hub_name, device=None, dtype=None):
     raw = json.loads((path / "config.json").read_text())
     if raw.get("model_type") != "qwen3":
         raise UserError(f"{path}/config.json: model_type is {raw.get('model_type')!r}, this project reads 'qwen3' only")
-    for key in ("quantization_config", "rope_scaling"):
-        if raw.get(key):
-            raise UserError(f"{path}/config.json: {key} is not supported; use a checkpoint without it")
-    if raw.get("use_sliding_window"):
-        raise UserError(f"{path}/config.json: use_sliding_window is not supported; use a checkpoint without it")
     rope = raw.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{path}/config.json: rope_type {rope['rope_type']!r} is not supported; only 'default' is")
+    refused = [key for key in ("quantization_config", "rope_scaling", "use_sliding_window", "attention_bias") if raw.get(key)]
+    refused += [f"layer_types {kind!r}" for kind in sorted(set(raw.get("layer_types") or ()) - {"full_attention"})]
+    refused += [f"rope_type {rope['rope_type']!r}"] if rope.get("rope_type", "default") != "default" else []
+    refused += [f"hidden_act {raw['hidden_act']!r}"] if raw.get("hidden_act", "silu") != "silu" else []
+    if refused:
+        raise UserError(f"{path}/config.json: {refused[0]} is not supported; use a checkpoint without it")
     raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
     known = {f.name for f in fields(Qwen3Config)}
     missing = [k for k in sorted(known - {"initializer_range"}) if raw.get(k) is None and k != "tie_word_embeddings"]
@@ -622,9 +779,12 @@ def load(path_or_hub_name, device=None, dtype=None):
     raw.setdefault("tie_word_embeddings", False)
     config = Qwen3Config(**{k: v for k, v in raw.items() if k in known})
 
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{path}: no .safetensors weights; is the stage that writes it finished?")
+    index = path / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = [path / name for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing: no .safetensors weights there; finish the stage that writes it, or the download")
     weights = {}
     for file in files:
         try:
@@ -642,8 +802,21 @@ def load(path_or_hub_name, device=None, dtype=None):
     wrong = [k for k in wanted if k not in weights or weights[k].shape != wanted[k].shape] + [k for k in weights if k not in wanted]
     if wrong:
         raise UserError(f"{path}: weights do not fit config.json at {wrong[0]} (and {len(wrong) - 1} more); expected a Qwen3 checkpoint")
-    model.load_state_dict({k: v.to(dtype or torch.float32) for k, v in weights.items()}, assign=True)
+    if dtype is None:
+        dtype = torch.bfloat16 if raw.get("dtype", raw.get("torch_dtype")) == "bfloat16" else torch.float32
+    model.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
+
+    # A turn may end in several ways: Qwen3 lists them in generation_config.json, and its base models name only <|endoftext|>, though
+    # their chat template closes a turn with <|im_end|>, the one that is learned here.
     tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.chat_template:
+        raise UserError(f"{path}: the tokenizer has no chat template; copy chat_template.jinja from the instruct model of the same family")
+    if "<|im_end|>" in tokenizer.get_vocab():
+        tokenizer.eos_token = "<|im_end|>"
+    generation = path / "generation_config.json"
+    more = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    ends = {tokenizer.eos_token_id}.union(*(x if isinstance(x, list) else [x] for x in (config.eos_token_id, more) if x is not None))
+    config.eos_token_id = sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id
     return model.to(device or "cpu").requires_grad_(True), tokenizer
 
 
@@ -657,6 +830,8 @@ def save(model, tokenizer, path):
     config["dtype"] = str(model.model["embed_tokens"].weight.dtype).removeprefix("torch.")
     # both spellings of theta: transformers 5 reads the nested one, older readers (and vLLM, SGLang) the flat one
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": model.config.rope_theta}
+    ends = {"eos_token_id": model.config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    write_atomic(path / "generation_config.json", lambda file: file.write_text(json.dumps(ends, indent=2) + "\n"))
     write_atomic(path / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     for name, parts in fused_weights(model.config).items():
@@ -682,13 +857,33 @@ def write_atomic(path, write):
 
 
 def pick_device(name):
-    """torch.device for --device; 'auto' takes CUDA when there is one.  Prints what it took."""
+    """torch.device for --device; 'auto' takes CUDA when there is one.  Prints what it took.
+
+    Under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK) also joins the other ranks: NCCL with a GPU for each, or gloo on a CPU whose
+    cores they share.  Only rank 0 prints and shows bars.
+    """
     if name != "cpu" and not torch.cuda.is_available():
         if name != "auto":
             raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu")
         name = "cpu"
     device = torch.device("cuda" if name == "auto" else name)
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    what = ""
+    if "LOCAL_RANK" in os.environ:
+        local, beside = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        if device.type == "cuda":
+            if beside > torch.cuda.device_count():
+                raise UserError(f"torchrun --nproc-per-node {beside}: {torch.cuda.device_count()} CUDA devices are visible; start as many ranks")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(max(1, os.cpu_count() // beside))
+        # a rank waits while another still decodes, or writes a checkpoint: long, but not for ever
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        what = f", {dist.get_world_size()} ranks"
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    what = (torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads") + what
     print(f"device: {device} ({what}), torch {torch.__version__}")
     return device
 
@@ -700,35 +895,91 @@ def run_main(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# Data parallelism in four functions.  Every rank holds the whole model and decodes its share of the prompts; the finished rollouts go to all
+# ranks, so rewards, advantages and token counts are computed on the whole batch by the very code a single process runs; then each rank
+# runs its share of the forward and backward passes, and the gradients are added up.
+
+
+def ranks():
+    """(rank, number of ranks) of this process: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def my_share(items):
+    """The part of a list that this rank works on; put together in rank order the parts are the list.  7 items, 2 ranks -> 3 and 4."""
+    rank, world = ranks()
+    return items[len(items) * rank // world : len(items) * (rank + 1) // world]
+
+
+def from_all_ranks(items):
+    """The lists of all ranks put together in rank order: the same list on every rank."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def update(model, optimizers):
+    """One optimizer step on the gradients of all ranks together, clipped to norm 1; returns their norm before clipping.
+
+    Each rank's loss is divided by the token count of the *whole* batch, so the gradients are summed and not averaged.
+    """
+    trained = [getattr(p, "master", p) for p in model.parameters()]
+    if dist.is_initialized():
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without work
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in trained]:
+            work.wait()
+    norm = nn.utils.clip_grad_norm_(trained, 1.0).item()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, master in zip(model.parameters(), trained):
+        if master is not p:
+            p.data.copy_(master)
+    return norm
 
 
 class Run:
     """A stage's output folder: `args.json`, `log.jsonl`, and `resume/` while it is running (D8).
 
     Arguments that differ from those in `args.json` make a new run: what an earlier one left in the folder is removed.
+    All ranks read here, rank 0 alone writes.
     """
 
     def __init__(self, args):
         self.path = Path(args.out)
         self.began = time.time()
+        self.writes = ranks()[0] == 0
         written, args_file = json.dumps(vars(args), indent=2) + "\n", self.path / "args.json"
-        if not args_file.is_file() or args_file.read_text() != written:
+        if self.writes and (not args_file.is_file() or args_file.read_text() != written):
             for stale in ("model.safetensors", "log.jsonl", "episodes.txt"):
                 (self.path / stale).unlink(missing_ok=True)
             for stale in ("resume", "data"):
                 shutil.rmtree(self.path / stale, ignore_errors=True)
             write_atomic(args_file, lambda file: file.write_text(written))
+        from_all_ranks([])  # nobody looks into the folder before it is in order
 
     def start(self, model, optimizers):
         """The step to go on after: 0, or where a killed run left off, with weights and optimizer state restored."""
         state_file, log = self.path / "resume" / "state.safetensors", self.path / "log.jsonl"
         if not state_file.is_file():
-            log.unlink(missing_ok=True)
-            (self.path / "episodes.txt").unlink(missing_ok=True)
+            if self.writes:
+                log.unlink(missing_ok=True)
+                (self.path / "episodes.txt").unlink(missing_ok=True)
             return 0
         state = load_file(state_file)
         step = int(state.pop("step"))
-        model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(state[f"model.{name}"])
+                if hasattr(p, "master"):
+                    p.master.copy_(state[f"model.{name}"])
         for i, optimizer in enumerate(optimizers):
             packed = optimizer.state_dict()
             packed["state"] = {}
@@ -737,14 +988,17 @@ class Run:
                     _, _, parameter, name = key.split(".")
                     packed["state"].setdefault(int(parameter), {})[name] = value
             optimizer.load_state_dict(packed)
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.is_file() else []
-        log.write_text("".join(line + "\n" for line in kept))
+        if self.writes and log.is_file():
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+            log.write_text("".join(line + "\n" for line in kept))
         print(f"resuming {self.path} after step {step}")
         return step
 
     def checkpoint(self, model, optimizers, step):
         """Write what `start` reads back."""
-        state = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        if not self.writes:
+            return
+        state = {f"model.{k}": getattr(p, "master", p).detach().cpu().contiguous() for k, p in model.named_parameters()}
         for i, optimizer in enumerate(optimizers):
             for parameter, values in optimizer.state_dict()["state"].items():
                 for name, value in values.items():
@@ -757,27 +1011,47 @@ class Run:
         row["seconds"] = round(time.time() - self.began, 2)
         if not math.isfinite(row.get("loss", 0.0)):
             raise UserError(f"loss is {row['loss']} at step {row['step']}; {self.path} keeps its last good state: lower --lr and rerun")
+        if not self.writes:
+            return
         with open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
     def episodes(self, step, episodes):
         """Append three whole episodes to `episodes.txt`; each is (question, response, verdict)."""
+        if not self.writes:
+            return
         with open(self.path / "episodes.txt", "a") as file:
             for question, text, verdict in random.Random(step).sample(episodes, min(3, len(episodes))):
                 file.write(f"==== step {step} | {verdict}\n{question}\n{text}\n\n")
 
     def finish(self, model, tokenizer):
         """Write the stage's checkpoint and drop `resume/`."""
-        save(model, tokenizer, self.path)
-        shutil.rmtree(self.path / "resume", ignore_errors=True)
+        if self.writes:
+            save(model, tokenizer, self.path)
+            shutil.rmtree(self.path / "resume", ignore_errors=True)
+        from_all_ranks([])  # now every rank finds it
         print(f"wrote {self.path} ({time.time() - self.began:.0f} s)")
 
 
 def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99)):
-    """AdamW on everything; with muon_lr > 0, Muon on the matrices of the blocks and AdamW on the rest."""
+    """AdamW on everything; with muon_lr > 0, Muon on the matrices of the blocks and AdamW on the rest.
+
+    A weight that is not fp32 gets an fp32 master, `p.master`: added to a bf16 weight, a step of less than 1/256 of it is rounded away.
+    Backward adds its gradients up in the master's, the optimizers step the masters, and `update` rounds them back into the model.
+    """
+
+    def hand_over(p):
+        p.master.grad = p.grad.float() if p.master.grad is None else p.master.grad.add_(p.grad)
+        p.grad = None
+
+    for p in model.parameters():
+        if p.dtype != torch.float32:
+            p.master = p.detach().float()
+            p.register_post_accumulate_grad_hook(hand_over)
     matrices = [p for p in model.model["layers"].parameters() if p.dim() == 2] if muon_lr else []
     taken = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    rest = [getattr(p, "master", p) for p in model.parameters() if id(p) not in taken]
+    matrices = [getattr(p, "master", p) for p in matrices]
     optimizers = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0)]
     if muon_lr:
         optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01))
@@ -785,6 +1059,19 @@ def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99)):
         for g in optimizer.param_groups:
             g["base_lr"] = g["lr"]
     return optimizers
+
+
+def recompute_activations(model):
+    """Keep only every block's input for the backward pass, and compute what is inside again there: a third more time, and a few dozen
+    times less memory for activations.  Decoding, without gradients, is not touched."""
+    for block in model.model["layers"]:
+
+        def forward(*args, run=block.forward):
+            if not torch.is_grad_enabled():
+                return run(*args)
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+
+        block.forward = forward
 
 
 def set_lr(optimizers, factor):
@@ -795,8 +1082,9 @@ def set_lr(optimizers, factor):
 
 
 def response_text(tokenizer, ids):
-    """Decoded response without chat markup; tags stay, whether they are text or tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    """Decoded response without chat markup; tags stay, whether they are text, tokens, or tokens marked special (as in NPR-4B)."""
+    markup = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and not ANY_TAG.fullmatch(token.content)}
+    return tokenizer.decode([i for i in ids if i not in markup])
 
 
 def print_inherited(path):
@@ -819,7 +1107,7 @@ def pad_rows(rows, value):
 
 
 def corpus_batches(tokenizer, args, step):
-    """The micro-batches of one step: (ids (B, T), mask (B, T)), mask True where a token is learned (the responses).
+    """This rank's micro-batches of one step: (ids (B, T), mask (B, T)), mask True where a token is learned (the responses).
 
     Seeded by (seed, step), so a resumed run sees what it would have seen.  Documents of a step are sorted by length, which
     leaves a few per cent of padding and lets attention take its fastest, purely causal path.
@@ -830,6 +1118,8 @@ def corpus_batches(tokenizer, args, step):
         prompt = prompt_ids(tokenizer, question, system)
         docs.append((prompt + tokenizer.encode(response) + [tokenizer.eos_token_id], len(prompt)))
     docs.sort(key=lambda d: len(d[0]))
+    rank, world = ranks()
+    docs = docs[rank::world]
     size = math.ceil(len(docs) / args.micro_batches)
     for i in range(0, len(docs), size):
         ids = pad_rows([d[0] for d in docs[i : i + size]], tokenizer.pad_token_id)
@@ -846,14 +1136,14 @@ def measure_base(path, n, seed, device):
     torch.manual_seed(seed)
     table = {}
     for kind in KINDS:
-        problems, row = make_problems(kind, "tune", n, seed), {}
+        problems, row = my_share(make_problems(kind, "tune", n, seed)), {}
         for name, system in (("plain", PLAIN_PROMPT), ("format", FORMAT_PROMPT)):
             prompts = [{"input_ids": prompt_ids(tokenizer, p.question, system)} for p in problems]
             batch = tokenizer.pad(prompts, return_tensors="pt").to(device)
             out = model.generate(**batch, max_new_tokens=512, do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
             texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            row[f"{name} accuracy"] = sum(p.verify(t) for p, t in zip(problems, texts)) / n
-            row[f"{name} valid"] = sum(map(is_canonical, texts)) / n
+            verdicts = from_all_ranks([(p.verify(t), is_canonical(t)) for p, t in zip(problems, texts)])
+            row[f"{name} accuracy"], row[f"{name} valid"] = (sum(column) / n for column in zip(*verdicts))
         table[kind] = row
     return table
 
@@ -904,7 +1194,7 @@ def main():
     bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 0", mininterval=1.0)
     for step in bar:
         began, batches = time.time(), list(corpus_batches(tokenizer, args, step))
-        learned = sum(int(mask[:, 1:].sum()) for _, mask in batches)
+        learned = sum(from_all_ranks([int(mask[:, 1:].sum()) for _, mask in batches]))
         loss = 0.0
         for ids, mask in batches:
             ids, mask = ids.to(device), mask.to(device)
@@ -913,13 +1203,10 @@ def main():
             nll = F.cross_entropy(logits[mask[:, 1:]].float(), ids[:, 1:][mask[:, 1:]], reduction="sum") / learned
             nll.backward()
             loss += nll.item()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         # a short warm-up, then flat: the loss sits on a plateau for millions of tokens before arithmetic clicks
         set_lr(optimizers, min(1.0, step / 50, (args.steps + 1 - step) / max(1.0, args.warmdown * args.steps)))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        tokens = sum(ids.numel() for ids, _ in batches)
+        norm = update(model, optimizers)
+        loss, tokens = map(sum, zip(*from_all_ranks([(loss, sum(ids.numel() for ids, _ in batches))])))
         run.log(step=step, loss=loss, grad_norm=norm, tokens_per_second=tokens / (time.time() - began))
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / (time.time() - began):.0f}", refresh=False)
         if step % args.save_every == 0:

@@ -7,7 +7,8 @@ answer:  R = F if F < 0 else +1 / -1.     A_i = (R_i - mean_G) / (std_G + eps)
 L = -(1 / sum_i |y_i|) sum_i sum_t min(r_it A_i, clip(r_it, 1 - 0.2, 1 + 0.28) A_i),     r_it = pi(y_it) / pi_old(y_it)
 
     python stage1_zero.py                         # reads out/stage0, writes out/stage1
-    python stage1_zero.py --init Qwen/Qwen3-4B-Instruct-2507
+    python stage1_zero.py --init Qwen/Qwen3-4B-Instruct-2507 --data orz_math_57k_collected.json ..   # README, "With a real model"
+    torchrun --nproc-per-node 2 stage1_zero.py    # data-parallel: same numbers, less time
 
 Differences from the paper: (1) it grades violations in (-2, 0]; here every violation scores in [-2, -1.1], because a violation milder
 than a wrong answer (-1) is worth committing, and the policy collapses into nearly valid.
@@ -26,8 +27,8 @@ from tqdm import tqdm
 
 from engine import Engine, Sequence, batches, token_logprobs
 from stage0_model import (
-    ANY_TAG, FORMAT_PROMPT, KINDS, Run, load, make_optimizers, make_problems, pick_device, print_inherited, prompt_ids,
-    response_text, run_main, set_lr,
+    ANY_TAG, KINDS, Run, draw_problems, from_all_ranks, load, make_optimizers, my_share, pick_device, print_inherited, prompt_ids,
+    ranks, read_problems, read_prompt, recompute_activations, response_text, run_main, set_lr, update,
 )  # fmt: skip
 
 # ======================================================================================================================
@@ -174,6 +175,10 @@ def parse_args(argv=None):
     p.add_argument("--init", default="out/stage0", help="checkpoint to start from: folder or hub name")
     p.add_argument("--out", default="out/stage1", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
+    p.add_argument("--data", default="", help="real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name")
+    p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
+    p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
+    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
     p.add_argument("--steps", type=int, default=24, help="rollout batches")
     p.add_argument("--prompts", type=int, default=16, help="questions per step")
     p.add_argument("--group-size", type=int, default=16, help="responses per question, G")
@@ -186,6 +191,8 @@ def parse_args(argv=None):
     p.add_argument("--overlong-buffer", type=int, default=128, help="tokens before the budget over which the overlong penalty grows")
     p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts; 1 keeps the old log-probabilities exact")
     p.add_argument("--micro-tokens", type=int, default=16_384, help="padded tokens per forward pass")
+    p.add_argument("--recompute", action="store_true", help="compute activations anew for backward: a third slower, far less memory")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--save-every", type=int, default=10, help="steps between resume points, and between episode dumps")
     p.add_argument("--seed", type=int, default=0, help="seed of problems and sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
@@ -196,9 +203,13 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     print_inherited(args.init)
-    model, tokenizer = load(args.init, device)
+    model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
+    data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
+    format_prompt = read_prompt(args.prompt_file, args.data)
     run, engine = Run(args), Engine(model, tokenizer)
     optimizers = make_optimizers(model, args.lr)
+    if args.recompute:
+        recompute_activations(model)
     first = run.start(model, optimizers)
 
     bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 1", mininterval=0)
@@ -208,20 +219,24 @@ def main():
         # ---- rollout and reward: dynamic sampling, until enough groups have something to tell apart ----
         groups, sampled, judged = [], 0, []
         for draw in range(args.max_rounds):
-            problems = make_problems(args.kind, "train", args.prompts - len(groups), f"{args.seed}/{step}/{draw}")
-            prompts = [prompt_ids(tokenizer, p.question, FORMAT_PROMPT) for p in problems]
+            problems = my_share(draw_problems(data, args.kind, args.prompts - len(groups), f"{args.seed}/{step}/{draw}"))
+            prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
             responses = engine.generate(
                 prompts, n=args.group_size, parallel=False, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                 seed=hash((args.seed, step, draw)) & 0xFFFFFFFF,
             )  # fmt: skip
+            drawn = []
             for problem, prompt, rollouts in zip(problems, prompts, responses):
-                rewards = []
+                rewards, verdicts = [], []
                 for rollout in rollouts:
                     text = response_text(tokenizer, rollout.ids)
                     F, right = format_score(text), problem.verify(text)
                     R = F if F < 0 else 1.0 if right else -1.0
                     rewards.append(R + overlong_penalty(len(rollout.ids), args.max_new_tokens, args.overlong_buffer))
-                    judged.append((F == 0, right, R, len(rollout.ids), problem.question, text))
+                    verdicts.append((F == 0, right, R, len(rollout.ids), problem.question, text))
+                drawn.append((prompt, rollouts, rewards, verdicts))
+            for prompt, rollouts, rewards, verdicts in from_all_ranks(drawn):
+                judged += verdicts
                 sampled += 1
                 if max(rewards) - min(rewards) > 1e-6:
                     groups.append((prompt, rollouts, rewards))
@@ -239,7 +254,7 @@ def main():
             advantages = dapo_advantages([R for _, _, rewards in share for R in rewards], [g for g, _, _ in rollouts])
             num_tokens = sum(len(r.ids) for _, _, r in rollouts)
             sequences = [Sequence(prompt, r.ids) for _, prompt, r in rollouts]
-            for rows, ids, _, mask in batches(sequences, args.micro_tokens, device):
+            for rows, ids, _, mask in batches(sequences, args.micro_tokens, device, share=ranks()):
                 old = torch.zeros(ids.shape, device=device)
                 old[mask] = torch.tensor([x for i in rows for x in rollouts[i][2].logprobs], device=device)
                 logprobs, H = token_logprobs(model, ids)  # (B, T) each
@@ -249,10 +264,8 @@ def main():
                 clipped += ((ratio < 1 - args.eps_low) | (ratio > 1 + args.eps_high)).sum().item() / num_tokens / len(shares)
                 entropy += H[mask].sum().item() / num_tokens / len(shares)
                 loss += part.item() / len(shares)
-            norm += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() / len(shares)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            norm += update(model, optimizers) / len(shares)
+        loss, clipped, entropy = map(sum, zip(*from_all_ranks([(loss, clipped, entropy)])))
 
         # ---- log and save ----
         run.log(

@@ -17,6 +17,7 @@ are never sampled, and a branch cannot know its number from what it sees.
 import argparse
 import json
 import random
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,8 +29,8 @@ from tqdm import tqdm
 
 from engine import TAGS, Engine, Sequence, batches, layout, tag_token_ids, token_logprobs
 from stage0_model import (
-    FORMAT_PROMPT, KINDS, Run, UserError, load, make_optimizers, make_problems, pick_device, print_inherited,
-    prompt_ids, response_text, run_main, set_lr,
+    ANY_TAG, KINDS, Run, UserError, draw_problems, from_all_ranks, load, make_optimizers, my_share, pick_device, print_inherited,
+    prompt_ids, ranks, read_problems, read_prompt, read_rows, recompute_activations, response_text, run_main, set_lr, update,
 )  # fmt: skip
 from stage1_zero import parse_response
 
@@ -38,14 +39,15 @@ from stage1_zero import parse_response
 # ======================================================================================================================
 
 
-def rejection_sample(engine, problems, samples, keep, max_new_tokens, temperature, seed, keep_wrong=False):
-    """Sample every problem and keep at most `keep` distinct right and perfectly formatted responses of each.
+def rejection_sample(engine, problems, format_prompt, samples, keep, max_new_tokens, temperature, seed, keep_wrong=False):
+    """Sample every problem and keep at most `keep` distinct right and perfectly formatted responses of each.  Each rank samples its
+    share of the problems; all get all results.
 
     Returns (records, reasons): records are dicts for `datasets` (problem, kind, response, plans, blocks, tokens); reasons counts
     what happened to every sample: accepted, duplicate, over the cap, wrong answer, or the worst format violation.
     """
-    tokenizer, records, reasons = engine.tokenizer, [], Counter()
-    prompts = [prompt_ids(tokenizer, p.question, FORMAT_PROMPT) for p in problems]
+    tokenizer, problems, records, reasons = engine.tokenizer, my_share(problems), [], Counter()
+    prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
     responses = engine.generate(
         prompts, n=samples, parallel=False, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=True
     )
@@ -73,7 +75,7 @@ def rejection_sample(engine, problems, samples, keep, max_new_tokens, temperatur
                         "blocks": len(parsed.blocks), "plans": sum(len(plans) for plans, _, _ in parsed.blocks),
                     }  # fmt: skip
                 )
-    return records, reasons
+    return from_all_ranks(records), sum(from_all_ranks([reasons]), Counter())
 
 
 # ======================================================================================================================
@@ -103,10 +105,12 @@ def add_tag_tokens(model, tokenizer):
 
 
 def encode_response(tokenizer, text, sequential):
-    """A response text -> (ids with end of turn, Layout or None, forced flags).
+    """A response text -> (ids with end of turn, Layout or None, forced flags).  White space between tags, and before a step's number, is
+    dropped: an instruction-tuned model gives every tag a line of its own, the engine writes the canonical form.
 
     forced is True for what the engine writes by itself in parallel mode.  Raises MalformedTrajectory for text with broken tags.
     """
+    text = re.sub(rf"({ANY_TAG.pattern})\s+(?={ANY_TAG.pattern})|(<step>)\s+(?=\d)", r"\1\2", text)
     ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
     if sequential:
         return ids, None, [False] * len(ids)
@@ -133,8 +137,11 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--init", default="out/stage1", help="checkpoint that is sampled and then fine-tuned: folder or hub name")
     p.add_argument("--out", default="out/stage2", help="folder to write the checkpoint to")
-    p.add_argument("--data", default="", help="a dataset this stage saved before, used instead of sampling")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to sample")
+    p.add_argument("--data", default="", help="real problems to sample, or (with a column `response`) samples that this stage saved: as in stage 1")
+    p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
+    p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
+    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
     p.add_argument("--problems", type=int, default=2100, help="questions to sample")
     p.add_argument("--samples", type=int, default=2, help="responses per question, K")
     p.add_argument("--keep", type=int, default=2, help="accepted responses kept per question at most, m")
@@ -144,8 +151,11 @@ def parse_args(argv=None):
     p.add_argument("--sequential", action="store_true", help="the twin SR-BETA: same data and updates, causal mask, all tokens learned")
     p.add_argument("--epochs", type=float, default=3.0, help="passes over the accepted samples")
     p.add_argument("--batch-tokens", type=int, default=4_096, help="padded tokens per update")
+    p.add_argument("--micro-tokens", type=int, default=16_384, help="padded tokens per forward pass; an update of more is made in several")
     p.add_argument("--lr", type=float, default=2e-3, help="peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model")
     p.add_argument("--muon-lr", type=float, default=2e-3, help="peak Muon learning rate of the matrices; 0: AdamW does it all")
+    p.add_argument("--recompute", action="store_true", help="compute activations anew for backward: a third slower, far less memory")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--save-every", type=int, default=100, help="updates between resume points")
     p.add_argument("--seed", type=int, default=0, help="seed of problems, sampling and order")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
@@ -156,43 +166,47 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     print_inherited(args.init)
-    model, tokenizer = load(args.init, device)
+    model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     if args.data and Path(args.data).resolve() == (Path(args.out) / "data").resolve():
         raise UserError(f"--data {args.data} lies in --out {args.out}, which a new run clears; give --out another folder")
     run = Run(args)
 
     # ---- data: sampled by the checkpoint itself, or read back ----
-    path = Path(args.data) if args.data else run.path / "data"
-    if args.data and not path.is_dir():
-        raise UserError(f"--data {path}: no such folder; expected a dataset saved by stage 2, e.g. out/stage2/data")
-    if not path.is_dir():
-        problems = make_problems(args.kind, "train", args.problems, f"{args.seed}/rejection")
+    path, rows = run.path / "data", read_rows(args.data) if args.data else []
+    ready = bool(rows) and "response" in rows[0]
+    format_prompt = read_prompt(args.prompt_file, args.data and not (ready and rows[0].get("kind") in KINDS))
+    if not ready and not path.is_dir():
+        problems = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
+        problems = draw_problems(problems, args.kind, args.problems, f"{args.seed}/rejection")
         engine = Engine(model, tokenizer)
         records, reasons = rejection_sample(
-            engine, problems, args.samples, args.keep, args.max_new_tokens, args.temperature, args.seed, args.keep_wrong
+            engine, problems, format_prompt, args.samples, args.keep, args.max_new_tokens, args.temperature, args.seed, args.keep_wrong
         )
         del engine
         if not records:
             raise UserError(f"none of {sum(reasons.values())} samples was accepted ({dict(reasons)}); train stage 1 for longer")
-        datasets.Dataset.from_list(records).save_to_disk(str(path.with_name("data.part")))
-        path.with_name("data.part").rename(path)
-        (run.path / "rejection.json").write_text(json.dumps(dict(reasons.most_common()), indent=2) + "\n")
+        if run.writes:
+            datasets.Dataset.from_list(records).save_to_disk(str(path.with_name("data.part")))
+            path.with_name("data.part").rename(path)
+            (run.path / "rejection.json").write_text(json.dumps(dict(reasons.most_common()), indent=2) + "\n")
+        from_all_ranks([])  # now every rank finds it
         print(f"sampled {sum(reasons.values())}: " + ", ".join(f"{name} {n}" for name, n in reasons.most_common()))
-    data = datasets.load_from_disk(str(path))
-    for column in ("problem", "response"):
-        if column not in data.column_names:
-            raise UserError(f"{path}: no column {column!r} (columns: {', '.join(data.column_names)}); expected a dataset of stage 2")
+    data = rows if ready else read_rows(path)
+    if "problem" not in data[0]:
+        raise UserError(f"{args.data}: samples (column `response`) without a column `problem`; expected what stage 2 saves, e.g. out/stage2/data")
 
     # ---- tag tokens ----
     add_tag_tokens(model, tokenizer)
     optimizers = make_optimizers(model, args.lr, args.muon_lr)
+    if args.recompute:
+        recompute_activations(model)
     first = run.start(model, optimizers)
     sequences, forced = [], []
     for row in data:
         ids, laid, written = encode_response(tokenizer, row["response"], args.sequential)
-        sequences.append(Sequence(prompt_ids(tokenizer, row["problem"], FORMAT_PROMPT), ids, laid))
+        sequences.append(Sequence(prompt_ids(tokenizer, row["problem"], format_prompt), ids, laid))
         forced.append(written)
-    spelled = sum(data["tokens"]) if "tokens" in data.column_names else 0
+    spelled = sum(row.get("tokens", 0) for row in data)
     print(f"{len(sequences)} responses, {sum(len(s.ids) for s in sequences)} tokens (with tags spelled out: {spelled})")
 
     # ---- train: batches of similar lengths in random order, a new order each epoch ----
@@ -202,30 +216,31 @@ def main():
     queue, epoch = [], -1
     for step in bar:
         began = time.time()
-        if not queue or epoch != (step - 1) // per_epoch:  # the epoch a resumed run is in, from where it left off
+        if epoch != (step - 1) // per_epoch:  # the epoch a resumed run is in, from where it left off
             epoch, rng = (step - 1) // per_epoch, random.Random(f"{args.seed}/{(step - 1) // per_epoch}")
             jitter = rng.sample(range(len(sequences)), len(sequences))  # which of equally long responses share a batch
-            cut = list(batches([sequences[i] for i in jitter], args.batch_tokens, device, tokenizer.pad_token_id or 0))
+            cut = [[jitter[i] for i in rows] for rows, *_ in batches([sequences[i] for i in jitter], args.batch_tokens)]
             rng.shuffle(cut)
             queue = cut[(step - 1) % per_epoch :]
-        rows, ids, laid, mask = queue.pop(0)
-        for b, i in enumerate(rows):  # what the engine writes is not learned
-            start = len(sequences[jitter[i]].prompt)
-            written = torch.tensor(forced[jitter[i]], device=device)
-            mask[b, start : start + len(written)] &= ~written
-        logprobs, entropy = token_logprobs(model, ids, laid)  # (B, T)
-        loss = -logprobs[mask].mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        batch = queue.pop(0)  # indices into `sequences`
+        num_tokens = sum(not f for i in batch for f in forced[i])  # what the engine writes is not learned
+        loss = entropy = tokens = 0.0
+        for rows, ids, laid, mask in batches(
+            [sequences[i] for i in batch], args.micro_tokens, device, tokenizer.pad_token_id or 0, share=ranks()
+        ):
+            mask[mask.clone()] = torch.tensor([not f for i in rows for f in forced[batch[i]]], device=device)
+            logprobs, H = token_logprobs(model, ids, laid)  # (B, T) each
+            part = -logprobs[mask].sum() / num_tokens
+            part.backward()
+            loss += part.item()
+            entropy += H[mask].sum().item() / num_tokens
+            tokens += ids.numel()
         set_lr(optimizers, min(1.0, step / 20) * (1 - (step - 1) / steps))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        run.log(
-            step=step, loss=loss.item(), entropy=entropy[mask].mean().item(), grad_norm=norm, epoch=epoch,
-            tokens_per_second=ids.numel() / (time.time() - began),
-        )  # fmt: skip
-        bar.set_postfix(loss=f"{loss.item():.3f}", tok_s=f"{ids.numel() / (time.time() - began):.0f}", refresh=False)
+        norm = update(model, optimizers)
+        loss, entropy, tokens = map(sum, zip(*from_all_ranks([(loss, entropy, tokens)])))
+        speed = tokens / (time.time() - began)
+        run.log(step=step, loss=loss, entropy=entropy, grad_norm=norm, epoch=epoch, tokens_per_second=speed)
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
         if step % args.save_every == 0:
             run.checkpoint(model, optimizers, step)
     run.finish(model, tokenizer)

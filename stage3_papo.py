@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from engine import Engine, Sequence, batches, token_logprobs
 from stage0_model import (
-    FORMAT_PROMPT, KINDS, Run, UserError, load, make_optimizers, make_problems, pick_device, print_inherited, prompt_ids,
-    response_text, run_main, set_lr,
+    KINDS, Run, UserError, draw_problems, from_all_ranks, load, make_optimizers, my_share, pick_device, print_inherited, prompt_ids,
+    ranks, read_problems, read_prompt, recompute_activations, response_text, run_main, set_lr, update,
 )  # fmt: skip
 from stage1_zero import dapo_advantages, dapo_loss, format_score
 
@@ -67,6 +67,10 @@ def parse_args(argv=None):
     p.add_argument("--init", default="out/stage2", help="checkpoint to start from: folder or hub name")
     p.add_argument("--out", default="out/stage3", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
+    p.add_argument("--data", default="", help="real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name")
+    p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
+    p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
+    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
     p.add_argument("--steps", type=int, default=50, help="rollout batches, one update each")
     p.add_argument("--prompts", type=int, default=33, help="questions per step")
     p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
@@ -80,6 +84,8 @@ def parse_args(argv=None):
     p.add_argument("--clip-updates", type=int, default=0, help="ablation: so many PPO updates per batch, clipped, instead of one")
     p.add_argument("--count-forced", action="store_true", help="ablation: forced tokens carry loss like sampled ones")
     p.add_argument("--micro-tokens", type=int, default=16_384, help="padded tokens per forward pass")
+    p.add_argument("--recompute", action="store_true", help="compute activations anew for backward: a third slower, far less memory")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--save-every", type=int, default=10, help="steps between resume points, and between episode dumps")
     p.add_argument("--seed", type=int, default=0, help="seed of problems and sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
@@ -92,9 +98,13 @@ def main():
         raise UserError("--count-forced with --clip-updates: a forced token was not sampled, so it has no old probability; give one of them")
     device = pick_device(args.device)
     print_inherited(args.init)
-    model, tokenizer = load(args.init, device)
+    model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
+    data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
+    format_prompt = read_prompt(args.prompt_file, args.data)
     run, engine = Run(args), Engine(model, tokenizer)
     optimizers = make_optimizers(model, args.lr)
+    if args.recompute:
+        recompute_activations(model)
     first = run.start(model, optimizers)
 
     bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 3", mininterval=0)
@@ -102,22 +112,26 @@ def main():
         began = time.time()
 
         # ---- rollout and reward: the schema filter drops what is malformed or truncated ----
-        problems = make_problems(args.kind, "train", args.prompts, f"{args.seed}/{step}")
-        prompts = [prompt_ids(tokenizer, p.question, FORMAT_PROMPT) for p in problems]
+        problems = my_share(draw_problems(data, args.kind, args.prompts, f"{args.seed}/{step}"))
+        prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
         responses = engine.generate(
             prompts, n=args.group_size, parallel=not args.sequential, max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=hash((args.seed, step)) & 0xFFFFFFFF, max_branches=args.max_branches,
         )  # fmt: skip
-        batch, judged = [], []  # batch: (group, prompt, rollout, reward)
-        for g, (problem, prompt, rollouts) in enumerate(zip(problems, prompts, responses)):
+        drawn = []
+        for problem, prompt, rollouts in zip(problems, prompts, responses):
+            rewards, verdicts = [], []
             for rollout in rollouts:
                 text = response_text(tokenizer, rollout.ids)
                 valid = rollout.finish_reason == "stop" and format_score(text) == 0
                 right = problem.verify(text)
-                R = 1.0 if right and valid else -1.0
-                judged.append((valid, right, R, len(rollout.ids), rollout.critical_path, rollout.max_branches, problem.question, text))
-                if valid or args.no_schema_filter:
-                    batch.append((g, prompt, rollout, R))
+                rewards.append(1.0 if right and valid else -1.0)
+                verdicts.append((valid, right, rewards[-1], len(rollout.ids), rollout.critical_path, rollout.max_branches, problem.question, text))
+            drawn.append((prompt, rollouts, rewards, verdicts))
+        batch, judged = [], []  # batch: (group, prompt, rollout, reward)
+        for g, (prompt, rollouts, rewards, verdicts) in enumerate(from_all_ranks(drawn)):
+            judged += verdicts
+            batch += [(g, prompt, r, R) for r, R, (valid, *_) in zip(rollouts, rewards, verdicts) if valid or args.no_schema_filter]
         rollout_seconds = time.time() - began
         valid, accuracy, reward, length, path, plans = (float(np.mean([j[i] for j in judged])) for i in range(6))
 
@@ -131,7 +145,7 @@ def main():
         num_tokens = max(1, sum(map(sum, acted)))
         sequences = [Sequence(prompt, r.ids, None if args.sequential else r.layout) for _, prompt, r, _ in batch]
         for _ in range(args.clip_updates or 1):
-            for rows, ids, laid, mask in batches(sequences, args.micro_tokens, device):
+            for rows, ids, laid, mask in batches(sequences, args.micro_tokens, device, share=ranks()):
                 old = torch.zeros(ids.shape, device=device)
                 old[mask] = torch.tensor([x for i in rows for x in batch[i][2].logprobs], device=device)
                 mask[mask.clone()] = torch.tensor([x for i in rows for x in acted[i]], device=device)
@@ -145,10 +159,9 @@ def main():
                 gap = max(gap, ((logprobs.detach() - old) * sampled).abs().max().item())  # rollout against training forward
                 entropy += H[mask].sum().item() / num_tokens / (args.clip_updates or 1)
                 loss += part.item() / (args.clip_updates or 1)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            norm = update(model, optimizers) if batch else 0.0
+        losses, entropies, gaps = zip(*from_all_ranks([(loss, entropy, gap)]))
+        loss, entropy, gap = sum(losses), sum(entropies), max(gaps)
 
         # ---- log and save ----
         run.log(

@@ -70,7 +70,7 @@ def test_rejection_sampling_keeps_right_and_perfect_only_and_says_why(plain_toke
 
     engine = Rigged(random_model(len(plain_tokenizer)), plain_tokenizer)
     problem = stage0.Problem("sums", "9*1 total?", "9")
-    records, reasons = rejection_sample(engine, [problem], 7, 2, 100, 1.0, 0)
+    records, reasons = rejection_sample(engine, [problem], stage0.FORMAT_PROMPT, 7, 2, 100, 1.0, 0)
     assert [r["response"] for r in records] == [good, texts[4]]
     assert reasons == {
         "accepted": 2, "duplicate": 1, "wrong answer": 1, "format: numbering": 1, "over the cap per problem": 1, "truncated": 1,

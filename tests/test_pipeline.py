@@ -151,7 +151,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path,
     [
         (["stage1_zero.py", "--init", "out/nowhere"], "out/nowhere: no such checkpoint folder"),
         (["stage1_zero.py", "--init", "{foreign}"], "model_type is 'gpt2'"),
-        (["stage2_beta.py", "--init", "{plain}", "--data", "{columns}", "--out", "{tmp}/o"], "no column 'problem'"),
+        (["stage2_beta.py", "--init", "{plain}", "--data", "{columns}", "--out", "{tmp}/o"], "no column problem, question"),
         (["stage2_beta.py", "--init", "{plain}", "--data", "{tmp}/none", "--out", "{tmp}/o"], "no such folder"),
         (["stage3_papo.py", "--init", "{plain}", "--out", "{tmp}/o"], "needs a checkpoint from stage 2 or 3"),
         (["engine.py", "--init", "{plain}", "1*2 total?"], "needs a checkpoint from stage 2 or 3"),
