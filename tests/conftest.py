@@ -18,6 +18,10 @@ from engine import TAGS, Engine, tag_token_ids  # noqa: E402
 
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=3000, help="requests of the engine's fuzz test")
+
+
 @pytest.fixture(scope="session")
 def plain_tokenizer():
     """The tokenizer of stages 0 and 1: tags are ordinary text."""
@@ -104,14 +108,15 @@ def random_prompts(rng, n, low=3, high=20):
 
 
 def rescore(model, prompts, rollouts, layouts=None):
-    """Teacher-forced log-probabilities of every rollout, one at a time: the slow path the engine is compared with."""
-    scores = []
-    for i, (prompt, rollout) in enumerate(zip(prompts, rollouts)):
-        laid = layouts[i] if layouts else rollout.layout
-        [(_, ids, batch_layout, mask)] = engine_module.batches([engine_module.Sequence(prompt, rollout.ids, laid)], 10**6)
+    """Teacher-forced log-probabilities of every rollout: the training forward, with no KV memory, that the engine is compared with."""
+    layouts = layouts or [r.layout for r in rollouts]
+    sequences = [engine_module.Sequence(p, r.ids, laid) for p, r, laid in zip(prompts, rollouts, layouts)]
+    scores = [None] * len(rollouts)
+    for rows, ids, batch_layout, mask in engine_module.batches(sequences, 8192):
         with torch.no_grad():
             logprobs, _ = engine_module.token_logprobs(model, ids, batch_layout)
-        scores.append(logprobs[mask].numpy())
+        for b, i in enumerate(rows):
+            scores[i] = logprobs[b][mask[b]].numpy()
     return scores
 
 
