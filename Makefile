@@ -1,5 +1,6 @@
 # make         set up, train stages 0-3, print the table (about an hour on 2 cores; CUDA is used when there is one)
 # make test    set up, run the tests            make smoke   every stage and the evaluation at miniature size, a few minutes
+# make smoke-real   the same with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
 # make bench   the engine against transformers' generate (DEVICE=cuda: on a GPU)
 # make clean   remove what was trained          OUT=out/big  write somewhere else
 # A stage is a file target: a finished one is not run again, a killed one resumes where it left off.
@@ -8,6 +9,8 @@ OUT    ?= out
 PYTHON ?= python3
 VENV   ?= .venv/installed
 SMOKE  ?= out/smoke
+REAL   ?= out/smoke-real
+BENCHES ?= ../shared/data
 PY     := .venv/bin/python
 DONE   := model.safetensors
 
@@ -50,7 +53,17 @@ smoke:
 	  STAGE3="--kind sums --steps 2 --prompts 3 --group-size 4 --max-new-tokens 320" \
 	  EVAL="--kind sums --n 12 --max-new-tokens 320 --timed 1"
 
+smoke-real: $(VENV)
+	$(PY) tests/real_checkpoint.py $(REAL)
+	$(PY) stage1_zero.py --init $(REAL)/base --out $(REAL)/stage1 --data $(REAL)/train.json \
+	  --steps 2 --prompts 2 --group-size 4 --updates 1 --max-rounds 1 --max-new-tokens 64 --overlong-buffer 60 --recompute --micro-tokens 2048
+	$(PY) stage2_beta.py --init $(REAL)/stage1 --out $(REAL)/stage2 --data $(REAL)/samples.jsonl \
+	  --epochs 20 --batch-tokens 4096 --micro-tokens 2048 --recompute
+	$(PY) stage3_papo.py --init $(REAL)/stage2 --out $(REAL)/stage3 --data $(REAL)/train.json \
+	  --steps 2 --prompts 4 --group-size 4 --max-new-tokens 128 --recompute --micro-tokens 2048
+	$(PY) eval.py $(REAL)/stage1 $(REAL)/stage3 --out $(REAL) --bench aime25 --bench-dir $(BENCHES) --max-new-tokens 128 --timed 2
+
 clean:
 	rm -rf out
 
-.PHONY: all test bench smoke clean
+.PHONY: all test bench smoke smoke-real clean

@@ -4,6 +4,7 @@ In : checkpoint folders.      Out: a table, and in --out: eval.json, eval.txt, r
 
     python eval.py out/stage0 out/stage1 out/stage2 out/stage3
     python eval.py out/stage3 out/stage3_seq --split hard --n 100 --out out/hard
+    python eval.py out/npr --bench aime25 math500 --k 8 --out out/real      # real problems: responses kept, resumable by problem
 
 Each checkpoint is decoded in the mode it was made for: a base is asked plainly, and asked for the format; a stage-1 checkpoint and
 the sequential twins decode sequentially under the format prompt; stages 2 and 3 decode in parallel.  `path=plain`, `path=format` and
@@ -13,6 +14,7 @@ the sequential twins decode sequentially under the format prompt; stages 2 and 3
 import argparse
 import html
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -23,12 +25,24 @@ from tqdm import tqdm
 
 from engine import TAGS, Engine, Sequence, batches, token_logprobs
 from stage0_model import (
-    FORMAT_PROMPT, KINDS, PLAIN_PROMPT, SPLITS, UserError, load, make_problems, pick_device, prompt_ids, response_text,
-    run_main, write_atomic,
+    KINDS, PLAIN_PROMPT, REAL_PLAIN_PROMPT, SPLITS, UserError, from_all_ranks, load, make_problems, my_share, pick_device, prompt_ids,
+    ranks, read_problems, read_prompt, response_text, run_main, write_atomic,
 )  # fmt: skip
 from stage1_zero import format_score, parse_response
 
 MODES = ("plain", "format", "parallel")
+
+# The paper's eight benchmarks: file in --bench-dir, else hub name.  ZebraLogic's public version has its solutions masked.
+BENCHES = {
+    "aime25": ("aime25.json", "math-ai/aime25"),
+    "aime24": ("aime24.jsonl", "math-ai/aime24"),
+    "hmmt25": ("hmmt_feb_2025.json", "MathArena/hmmt_feb_2025"),
+    "olympiad": ("olympiadbench.jsonl", "math-ai/olympiadbench"),
+    "minerva": ("minerva_math.jsonl", "math-ai/minervamath"),
+    "zebra": ("zebra.jsonl", "allenai/ZebraLogicBench-private:grid_mode"),
+    "amc23": ("amc23.json", "math-ai/amc23"),
+    "math500": ("math500.json", "HuggingFaceH4/MATH-500"),
+}
 
 
 def modes_of(spec):
@@ -55,40 +69,148 @@ def mean_and_ci(values_per_problem):
     return float(means.mean()), float(1.96 * means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
 
 
+def system_prompt(mode, args):
+    """What precedes the question in a mode: asked plainly, or for the format."""
+    return (REAL_PLAIN_PROMPT if args.bench else PLAIN_PROMPT) if mode == "plain" else read_prompt(args.prompt_file, args.bench)
+
+
 def decode(engine, problems, mode, args, k=1, temperature=1.0, progress=True):
-    """k rollouts of every problem in a mode.  List of lists of Rollout."""
-    system = PLAIN_PROMPT if mode == "plain" else FORMAT_PROMPT
-    prompts = [prompt_ids(engine.tokenizer, p.question, system) for p in problems]
-    return engine.generate(
-        prompts, n=k, parallel=mode == "parallel", max_new_tokens=args.max_new_tokens, temperature=temperature, seed=args.seed,
-        progress=progress,
+    """k rollouts of every problem in a mode.  List of lists of Rollout.  Each rank decodes its share; all get all."""
+    system = system_prompt(mode, args)
+    prompts = [prompt_ids(engine.tokenizer, p.question, system) for p in my_share(problems)]
+    rollouts = engine.generate(
+        prompts, n=k, parallel=mode == "parallel", max_new_tokens=args.max_new_tokens, temperature=temperature, top_p=args.top_p,
+        seed=args.seed, progress=progress,
     )  # fmt: skip
+    return from_all_ranks(rollouts)
 
 
-def measure(problems, rollouts, tokenizer):
-    """Metrics of one checkpoint in one mode (README's glossary).  rollouts: k per problem."""
-    texts = [[response_text(tokenizer, r.ids) for r in rs] for rs in rollouts]
-    right = [[p.verify(t) for t in ts] for p, ts in zip(problems, texts)]
-    flat = [(r, t) for rs, ts in zip(rollouts, texts) for r, t in zip(rs, ts)]
-    tokens, path = np.mean([len(r.ids) for r, _ in flat]), np.mean([r.critical_path for r, _ in flat])
-    accuracy, ci = mean_and_ci(right)
+def judge(problem, rollout, tokenizer):
+    """What is kept of a response: {problem, response, right, valid, ..}, ready for jsonl."""
+    text = response_text(tokenizer, rollout.ids)
+    return {
+        "problem": problem.question, "kind": problem.kind, "answer": problem.answer, "response": text, "right": problem.verify(text),
+        "valid": rollout.finish_reason == "stop" and format_score(text) == 0, "finish_reason": rollout.finish_reason, "error": rollout.error,
+        "tokens": len(rollout.ids), "critical_path": rollout.critical_path, "branches": rollout.max_branches,
+        "plans": sum(len(block[0]) for block in parse_response(text).blocks),
+    }  # fmt: skip
+
+
+def measure(judged):
+    """Metrics of one checkpoint in one mode (README's glossary).  judged: for every problem the k rows of `judge`."""
+    flat = [row for rows in judged for row in rows]
+    mean = lambda key: float(np.mean([row[key] for row in flat]))  # noqa: E731
+    accuracy, ci = mean_and_ci([[row["right"] for row in rows] for rows in judged])
     return {
         "accuracy": accuracy,
         "accuracy ci95": ci,
-        "best@k": float(np.mean([any(v) for v in right])),
-        "valid": float(np.mean([r.finish_reason == "stop" and format_score(t) == 0 for r, t in flat])),
-        "parallel": float(np.mean([r.max_branches >= 2 for r, _ in flat])),
-        "plans": float(np.mean([sum(len(b[0]) for b in parse_response(t).blocks) for _, t in flat])),
-        "tokens": float(tokens),
-        "critical path": float(path),
-        "tokens/path": float(tokens / path),
+        "best@k": float(np.mean([any(row["right"] for row in rows) for rows in judged])),
+        "valid": mean("valid"),
+        "parallel": float(np.mean([row["branches"] >= 2 for row in flat])),
+        "plans": mean("plans"),
+        "tokens": mean("tokens"),
+        "critical path": mean("critical_path"),
+        "tokens/path": mean("tokens") / mean("critical_path"),
     }
 
 
+def time_to_answer(contestants, problems, args, device):
+    """Mean seconds to a greedy answer of each (engine, mode): one problem at a time, all contestants in turn, so that the machine's
+    moods hit all alike.  The first problem warms up and does not count."""
+    seconds = [[] for _ in contestants]
+    for problem in tqdm(problems[: args.timed + 1] if args.timed else [], desc="time to answer", leave=False):
+        for (engine, mode), times in zip(contestants, seconds):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            decode(engine, [problem], mode, args, temperature=0.0, progress=False)
+            times.append(time.perf_counter() - began)
+    return [float(np.mean(times[1:])) if len(times) > 1 else float("nan") for times in seconds]
+
+
+def resume_rows(file, settings, writes):
+    """{problem number: its rows} of a responses file that was begun with the same settings (its first line); else it is begun anew."""
+    lines = file.read_text().split("\n") if file.is_file() else []
+    if lines and lines[0] == json.dumps(settings):
+        kept = {}
+        for line in lines[1:-1]:  # the last one is empty, or cut off by the kill
+            row = json.loads(line)
+            kept.setdefault(row["number"], []).append(row)
+        whole = {i: rows for i, rows in kept.items() if len(rows) == settings["k"]}
+        lines = [json.dumps(row) for rows in whole.values() for row in rows]
+    else:
+        whole, lines = {}, []
+    if writes:
+        write_atomic(file, lambda aside: aside.write_text("\n".join([json.dumps(settings), *lines]) + "\n"))
+    return whole
+
+
+def run_benches(args, device, out):
+    """Every checkpoint on every benchmark of --bench: <out>/<bench>/<checkpoint>=<mode>.jsonl, <out>/bench.json, and a table.
+
+    A problem whose k responses are in the file is not decoded again, so a killed run goes on where it was.
+    """
+    sets = {}
+    for name in args.bench:
+        file, hub = BENCHES[name]
+        file = Path(args.bench_dir) / file
+        sets[name] = read_problems(str(file) if args.bench_dir and file.is_file() else hub)[: args.first or None]
+    results, writes = [], ranks()[0] == 0
+    for spec in args.checkpoints:
+        path, mode = modes_of(spec)[-1]  # the format, where a base could be asked either way
+        engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
+        if "=" not in spec and not Path(path).is_dir() and TAGS[0] in engine.tokenizer.get_vocab():
+            mode = "parallel"  # a checkpoint of the hub that has the tags
+        weights = sorted((f.name, f.stat().st_size, int(f.stat().st_mtime)) for f in Path(path).glob("*.safetensors"))
+        for name, problems in sets.items():
+            settings = {key: getattr(args, key) for key in ("k", "temperature", "top_p", "max_new_tokens", "seed")}
+            settings |= {"checkpoint": path, "mode": mode, "weights": weights, "problems": len(problems), "prompt": system_prompt(mode, args)}
+            file = out / name / f"{path.strip('/').replace('/', '_')}={mode}.jsonl"
+            kept = resume_rows(file, settings, writes)
+            from_all_ranks([])  # the file is in order
+            missing = [i for i in range(len(problems)) if i not in kept]
+            print(f"{path} ({mode}): {len(problems)} problems of {name}, {args.k} samples each" + (f", {len(kept)} kept" if kept else ""))
+            size = max(1, 64 // args.k) * ranks()[1]  # problems between two writes: enough to keep the engine busy
+            for numbers in tqdm([missing[i : i + size] for i in range(0, len(missing), size)], desc=name):
+                began = time.time()
+                rollouts = decode(engine, [problems[i] for i in numbers], mode, args, args.k, args.temperature)
+                seconds = (time.time() - began) / len(numbers) / args.k
+                for i, rs in zip(numbers, rollouts):
+                    kept[i] = [{"number": i, **judge(problems[i], r, engine.tokenizer), "seconds": round(seconds, 4)} for r in rs]
+                if writes:
+                    with open(file, "a") as responses:
+                        responses.writelines(json.dumps(row) + "\n" for i in numbers for row in kept[i])
+            rows = [kept[i] for i in range(len(problems))]
+            result = {"bench": name, "checkpoint": path, "mode": mode} | measure(rows)
+            result["tokens/s"] = sum(r["tokens"] for rs in rows for r in rs) / sum(r["seconds"] for rs in rows for r in rs)
+            both = time_to_answer([(engine, mode), (engine, "format")] if mode == "parallel" else [(engine, mode)], problems, args, device)
+            result |= {"seconds to answer": both[0], "seconds to answer, sequentially": both[-1]}
+            results.append(result)
+        del engine
+    percent = lambda x: f"{100 * x:.1f}"  # noqa: E731
+    text = f"{args.k} sample(s) at temperature {args.temperature}, device {device}\n\n" + table(
+        [
+            {
+                "bench": r["bench"], "checkpoint": r["checkpoint"], "mode": r["mode"],
+                f"avg@{args.k} %": f"{percent(r['accuracy'])} ±{percent(r['accuracy ci95'])}", f"best@{args.k} %": percent(r["best@k"]),
+                "valid %": percent(r["valid"]), "parallel %": percent(r["parallel"]), "tokens": f"{r['tokens']:.0f}",
+                "crit. path": f"{r['critical path']:.0f}", "tokens/path": f"{r['tokens/path']:.2f}", "tokens/s": f"{r['tokens/s']:.0f}",
+                "s/answer": f"{r['seconds to answer']:.2f}", "sequentially": f"{r['seconds to answer, sequentially']:.2f}",
+            }
+            for r in results
+        ]
+    )  # fmt: skip
+    print("\n" + text)
+    if writes:
+        report = {"args": vars(args), "torch": torch.__version__, "device": str(device), "results": results}
+        write_atomic(out / "bench.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
+        write_atomic(out / "bench.txt", lambda file: file.write_text(text + "\n"))
+
+
 @torch.no_grad()
-def agreement(engine, problems, mode, rollouts, most=200):
+def agreement(engine, problems, mode, args, rollouts, most=200):
     """Largest difference between the engine's log-probabilities and a training forward's, over sampled tokens of `most` rollouts."""
-    system = PLAIN_PROMPT if mode == "plain" else FORMAT_PROMPT
+    system = system_prompt(mode, args)
     chosen = [(p, r) for p, rs in zip(problems, rollouts) for r in rs][:most]
     sequences = [Sequence(prompt_ids(engine.tokenizer, p.question, system), r.ids, r.layout) for p, r in chosen]
     worst = 0.0
@@ -141,56 +263,52 @@ def main():
     p.add_argument("--k", type=int, default=1, help="samples per problem at --temperature")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampled columns; a greedy column stands beside them")
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens, all branches together")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of tokens with this probability (paper: 0.7)")
+    p.add_argument("--bench", nargs="+", default=[], choices=BENCHES, help="judge on these real benchmarks instead of made problems")
+    p.add_argument("--bench-dir", default="", help="folder with their files; a benchmark without a file there comes from the hub")
+    p.add_argument("--first", type=int, default=0, help="only so many problems of each benchmark, 0 for all")
+    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --bench: assets/format_prompt.txt)")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--timed", type=int, default=12, help="problems decoded alone (batch 1), every checkpoint in turn, for time to answer")
     p.add_argument("--seed", type=int, default=1234, help="of the problems and the sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
     args = p.parse_args()
     device = pick_device(args.device)
-    problems = make_problems(args.kind, args.split, args.n, args.seed)
-    out = Path(args.out)
+    out, writes = Path(args.out), ranks()[0] == 0
     out.mkdir(parents=True, exist_ok=True)
+    if args.bench:
+        return run_benches(args, device, out)
+    problems = make_problems(args.kind, args.split, args.n, args.seed)
 
     # ---- every checkpoint, in every mode it is made for ----
     judged, engines = [], []
-    with open(out / "responses.jsonl", "w") as responses:
+    with open(out / "responses.jsonl" if writes else os.devnull, "w") as responses:
         for path, mode in [pair for spec in args.checkpoints for pair in modes_of(spec)]:
-            engine = Engine(*load(path, device))
+            engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
             print(f"{path} ({mode}): {len(problems)} problems of {args.split}, {args.k} samples each, then greedy")
+            began = time.time()
             rollouts = decode(engine, problems, mode, args, args.k, args.temperature)
-            speed = engine.stats.tokens / engine.stats.seconds
+            speed = sum(len(r.ids) for rs in rollouts for r in rs) / (time.time() - began)
             greedy = decode(engine, problems, mode, args, temperature=0.0)
-            result = {"checkpoint": path, "mode": mode} | measure(problems, rollouts, engine.tokenizer)
-            result |= {"tokens/s": speed, "greedy": measure(problems, greedy, engine.tokenizer)["accuracy"], "kinds": {}}
+            rows = [[judge(p, r, engine.tokenizer) for r in rs] for p, rs in zip(problems, rollouts)]
+            result = {"checkpoint": path, "mode": mode} | measure(rows) | {"tokens/s": speed, "kinds": {}}
+            result["greedy"] = measure([[judge(p, r, engine.tokenizer)] for p, [r] in zip(problems, greedy)])["accuracy"]
             for kind in dict.fromkeys(p.kind for p in problems):
-                pick = [i for i, p in enumerate(problems) if p.kind == kind]
-                result["kinds"][kind] = measure([problems[i] for i in pick], [rollouts[i] for i in pick], engine.tokenizer)
-            result["logprob gap"] = agreement(engine, problems, mode, rollouts)
-            for problem, rs in zip(problems, rollouts):
-                for r in rs:
-                    text = response_text(engine.tokenizer, r.ids)
-                    row = {"checkpoint": path, "mode": mode, "kind": problem.kind, "problem": problem.question, "response": text}
-                    row |= {"right": problem.verify(text), "finish_reason": r.finish_reason, "error": r.error}
-                    responses.write(json.dumps(row | {"tokens": len(r.ids), "critical_path": r.critical_path}) + "\n")
+                result["kinds"][kind] = measure([rs for rs in rows if rs[0]["kind"] == kind])
+            result["logprob gap"] = agreement(engine, problems, mode, args, rollouts)
+            responses.writelines(json.dumps({"checkpoint": path, "mode": mode, **row}) + "\n" for rs in rows for row in rs)
             if mode == "parallel":
                 traces = [
                     (f"{p.question}   ({path}: {len(r.ids)} tokens, critical path {r.critical_path})", response_text(engine.tokenizer, r.ids))
                     for p, [r] in list(zip(problems, greedy))[: 2 * len(KINDS)]
                 ]
-                write_atomic(out / "trace.html", lambda file: file.write_text(trace_page(traces)))
+                if writes:
+                    write_atomic(out / "trace.html", lambda file: file.write_text(trace_page(traces)))
             judged.append(result)
             engines.append((engine, mode))
 
-    # ---- wall-clock to answer: one problem at a time, all checkpoints in turn, so that the machine's moods hit all alike ----
-    seconds = [[] for _ in engines]
-    for problem in tqdm(problems[: args.timed + 1], desc="time to answer", leave=False):
-        for (engine, mode), times in zip(engines, seconds):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            decode(engine, [problem], mode, args, temperature=0.0, progress=False)
-            times.append(time.perf_counter() - began)
-    for result, times in zip(judged, seconds):
-        result["seconds to answer"] = float(np.mean(times[1:])) if args.timed else float("nan")  # the first problem warms up
+    for result, seconds in zip(judged, time_to_answer(engines, problems, args, device)):
+        result["seconds to answer"] = seconds
 
     # ---- report ----
     percent = lambda x: f"{100 * x:.1f}"  # noqa: E731
@@ -213,6 +331,8 @@ def main():
     head = f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, device {device}"
     text = f"{head}\n\n{table(rows)}\n\n{table(by_kind)}\n"
     print("\n" + text)
+    if not writes:
+        return
     (out / "eval.txt").write_text(text)
     report = {"args": vars(args), "torch": torch.__version__, "device": str(device), "checkpoints": judged}
     write_atomic(out / "eval.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))

@@ -26,7 +26,7 @@ def test_every_metric_of_two_problems_with_two_samples(tokenizer):
         [rollout(tokenizer, good, 30, branches=2), rollout(tokenizer, "\\boxed{9}", 10)],
         [rollout(tokenizer, good, 30, branches=2, reason="length"), rollout(tokenizer, "\\boxed{7}", 10)],
     ]
-    m = judge.measure(problems, rollouts, tokenizer)
+    m = judge.measure([[judge.judge(p, r, tokenizer) for r in rs] for p, rs in zip(problems, rollouts)])
     assert m["accuracy"] == 0.5 and m["best@k"] == 0.5  # 2 of 4 right; one of two problems solved at all
     assert m["valid"] == 0.25 and m["parallel"] == 0.5  # a perfect text that did not stop by itself is not valid
     assert m["plans"] == 1.0
