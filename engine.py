@@ -306,8 +306,8 @@ class KVMemory:
             q = q.new_zeros(R * Q, H, D).index_copy_(0, self.place, q[0])
         keys, values = self.seen[layer].chunk(2, dim=1)  # (R, H_kv, S, D) each
         if Q == 1 and self.place is None:
-            return F.scaled_dot_product_attention(q.view(R, H_kv, G, D), keys, values, attn_mask=self.bias).reshape(1, R, H, D)
-        q = q.view(R, Q, H_kv, G, D).permute(0, 2, 3, 1, 4).reshape(R, H_kv, G * Q, D)
+            return F.scaled_dot_product_attention(q.reshape(R, H_kv, G, D), keys, values, attn_mask=self.bias).reshape(1, R, H, D)
+        q = q.reshape(R, Q, H_kv, G, D).permute(0, 2, 3, 1, 4).reshape(R, H_kv, G * Q, D)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias)  # (R, H_kv, G*Q, D)
         out = out.unflatten(2, (G, Q)).permute(0, 3, 1, 2, 4).reshape(1, R * Q, H, D)
         return out if self.place is None else out[:, self.place]

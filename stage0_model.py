@@ -585,10 +585,10 @@ class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.shape, self.eps = (width,), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
 def rope_tables(position, head_dim, theta):
@@ -615,16 +615,20 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         H, H_kv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.heads, self.head_dim = [H, H_kv, H_kv], D
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * D, bias=False)
+        self.heads, self.kv_heads, self.head_dim = H, H_kv, D
+        self.qkv_proj = nn.Linear(config.hidden_size, (H + 2 * H_kv) * D, bias=False)
         self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, attend):
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B, T, H or H_kv, D) each
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        return self.o_proj(attend(q, k, v).flatten(2))
+        B, T, _ = x.shape
+        H, qk_heads = self.heads, self.heads + self.kv_heads
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 H_kv, D)
+        # queries and keys are normed and rotated together; each kind has one weight for all its heads
+        scale = torch.cat([self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(self.kv_heads, -1)])  # (H + H_kv, D)
+        qk = rotate(F.rms_norm(qkv[:, :, :qk_heads], self.q_norm.shape, eps=self.q_norm.eps) * scale, cos, sin)
+        return self.o_proj(attend(qk[:, :, :H], qk[:, :, H:], qkv[:, :, qk_heads:]).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
