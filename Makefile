@@ -15,7 +15,7 @@ PY     := .venv/bin/python
 DONE   := model.safetensors
 # RANKS=2 runs every stage data-parallel on so many processes (GPUs, or shares of the CPU's cores)
 RANKS  ?= 1
-RUN    := $(PY) $(if $(filter-out 1,$(RANKS)),-m torch.distributed.run --standalone --nproc-per-node $(RANKS))
+RUN    := $(PY) $(if $(filter-out 1,$(RANKS)),-m torch.distributed.run --standalone --nproc-per-node $(RANKS) --)
 
 all: $(OUT)/eval.json
 	@$(if $(SHOWN),,cat $(OUT)/eval.txt)
