@@ -13,6 +13,9 @@ REAL   ?= out/smoke-real
 BENCHES ?= ../shared/data
 PY     := .venv/bin/python
 DONE   := model.safetensors
+# RANKS=2 runs every stage data-parallel on so many processes (GPUs, or shares of the CPU's cores)
+RANKS  ?= 1
+RUN    := $(PY) $(if $(filter-out 1,$(RANKS)),-m torch.distributed.run --standalone --nproc-per-node $(RANKS) --)
 
 all: $(OUT)/eval.json
 	@$(if $(SHOWN),,cat $(OUT)/eval.txt)
@@ -24,19 +27,19 @@ all: $(OUT)/eval.json
 	touch $@
 
 $(OUT)/stage0/$(DONE): | $(VENV)
-	$(PY) stage0_model.py --out $(OUT)/stage0 $(STAGE0)
+	$(RUN) stage0_model.py --out $(OUT)/stage0 $(STAGE0)
 
 $(OUT)/stage1/$(DONE): $(OUT)/stage0/$(DONE)
-	$(PY) stage1_zero.py --init $(OUT)/stage0 --out $(OUT)/stage1 $(STAGE1)
+	$(RUN) stage1_zero.py --init $(OUT)/stage0 --out $(OUT)/stage1 $(STAGE1)
 
 $(OUT)/stage2/$(DONE): $(OUT)/stage1/$(DONE)
-	$(PY) stage2_beta.py --init $(OUT)/stage1 --out $(OUT)/stage2 $(STAGE2)
+	$(RUN) stage2_beta.py --init $(OUT)/stage1 --out $(OUT)/stage2 $(STAGE2)
 
 $(OUT)/stage3/$(DONE): $(OUT)/stage2/$(DONE)
-	$(PY) stage3_papo.py --init $(OUT)/stage2 --out $(OUT)/stage3 $(STAGE3)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(OUT)/stage3 $(STAGE3)
 
 $(OUT)/eval.json: $(OUT)/stage3/$(DONE)
-	$(PY) eval.py $(OUT)/stage0 $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 --out $(OUT) $(EVAL)
+	$(RUN) eval.py $(OUT)/stage0 $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 --out $(OUT) $(EVAL)
 	$(eval SHOWN := 1)
 
 test: $(VENV)
@@ -58,10 +61,11 @@ smoke-real: $(VENV)
 	$(PY) stage1_zero.py --init $(REAL)/base --out $(REAL)/stage1 --data $(REAL)/train.json \
 	  --steps 2 --prompts 2 --group-size 4 --updates 1 --max-rounds 1 --max-new-tokens 64 --overlong-buffer 60 --recompute --micro-tokens 2048
 	$(PY) stage2_beta.py --init $(REAL)/stage1 --out $(REAL)/stage2 --data $(REAL)/samples.jsonl \
-	  --epochs 20 --batch-tokens 4096 --micro-tokens 2048 --recompute
+	  --prompt-file $(REAL)/prompt.txt --epochs 48 --batch-tokens 1024 --micro-tokens 512 --recompute --dtype float32
 	$(PY) stage3_papo.py --init $(REAL)/stage2 --out $(REAL)/stage3 --data $(REAL)/train.json \
-	  --steps 2 --prompts 4 --group-size 4 --max-new-tokens 128 --recompute --micro-tokens 2048
-	$(PY) eval.py $(REAL)/stage1 $(REAL)/stage3 --out $(REAL) --bench aime25 --bench-dir $(BENCHES) --max-new-tokens 128 --timed 2
+	  --prompt-file $(REAL)/prompt.txt --steps 2 --prompts 4 --group-size 4 --max-new-tokens 128 --recompute --micro-tokens 2048 --dtype bfloat16
+	$(PY) eval.py $(REAL)/stage1 $(REAL)/stage3 --out $(REAL) --bench aime25 --bench-dir $(BENCHES) \
+	  --prompt-file $(REAL)/prompt.txt --max-new-tokens 128 --timed 2
 
 clean:
 	rm -rf out

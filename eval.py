@@ -90,7 +90,8 @@ def judge(problem, rollout, tokenizer):
     text = response_text(tokenizer, rollout.ids)
     return {
         "problem": problem.question, "kind": problem.kind, "answer": problem.answer, "response": text, "right": problem.verify(text),
-        "valid": rollout.finish_reason == "stop" and format_score(text) == 0, "finish_reason": rollout.finish_reason, "error": rollout.error,
+        "valid": rollout.finish_reason == "stop" and format_score(text) == 0,
+        "finish_reason": rollout.finish_reason, "error": rollout.error,
         "tokens": len(rollout.ids), "critical_path": rollout.critical_path, "branches": rollout.max_branches,
         "plans": sum(len(block[0]) for block in parse_response(text).blocks),
     }  # fmt: skip
@@ -164,7 +165,8 @@ def run_benches(args, device, out):
         weights = sorted((f.name, f.stat().st_size, int(f.stat().st_mtime)) for f in Path(path).glob("*.safetensors"))
         for name, problems in sets.items():
             settings = {key: getattr(args, key) for key in ("k", "temperature", "top_p", "max_new_tokens", "seed")}
-            settings |= {"checkpoint": path, "mode": mode, "weights": weights, "problems": len(problems), "prompt": system_prompt(mode, args)}
+            settings |= {"checkpoint": path, "mode": mode, "weights": weights, "problems": len(problems)}
+            settings |= {"prompt": system_prompt(mode, args)}
             file = out / name / f"{path.strip('/').replace('/', '_')}={mode}.jsonl"
             kept = resume_rows(file, settings, writes)
             from_all_ranks([])  # the file is in order

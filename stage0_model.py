@@ -258,7 +258,8 @@ def read_rows(name):
         repository, _, config = str(name).partition(":")
         data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(repository, config or None)
     except Exception as error:
-        raise UserError(f"{name}: not a data set that `datasets` or the hub can give ({type(error).__name__}: {str(error).splitlines()[0]})")
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"{name}: not a data set that `datasets` or the hub can give ({why})")
     if isinstance(data, dict):
         data = data[next((split for split in ("train", "test") if split in data), next(iter(data)))]
     return data.to_list()
@@ -267,8 +268,8 @@ def read_rows(name):
 def read_problems(name, question_column="", answer_column=""):
     """Problems of a data set (`read_rows`).  The columns are found by name unless given.
 
-    kind is `math`, or `choice` when the answer is one of given options or a single capital letter, or `grid` when it is a table (ZebraLogic).
-    A conversation in the form of ORZ-57k, [{value: question}, {ground_truth: {value: answer}}], counts as a question and an answer.
+    kind is `math`, or `choice` when the answer is one of given options or a single capital letter, or `grid` when it is a table
+    (ZebraLogic).  A conversation in the form of ORZ-57k, [{value: question}, {ground_truth: {value: answer}}], is a question and an answer.
     Raises UserError when a column cannot be found, or when math-verify is needed and not installed.
     """
 
@@ -359,7 +360,8 @@ def draw_problems(data, kind, n, seed):
 
 def read_prompt(prompt_file, data):
     """What asks for the format: the text of prompt_file; by default FORMAT_PROMPT, which the tiny base was brought up on, or with real
-    data the instructions in assets/format_prompt.txt.  A text with {question} in it is the whole user turn, else it is the system prompt."""
+    data the instructions in assets/format_prompt.txt.  A text with {question} in it is the whole user turn, any other the system prompt.
+    Raises UserError when there is no such file."""
     if not prompt_file and not data:
         return FORMAT_PROMPT
     file = Path(prompt_file or REAL_FORMAT_PROMPT_FILE)
@@ -876,7 +878,7 @@ def pick_device(name):
         local, beside = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         if device.type == "cuda":
             if beside > torch.cuda.device_count():
-                raise UserError(f"torchrun --nproc-per-node {beside}: {torch.cuda.device_count()} CUDA devices are visible; start as many ranks")
+                raise UserError(f"torchrun --nproc-per-node {beside}: {torch.cuda.device_count()} CUDA devices are visible; use fewer ranks")
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         else:
@@ -903,9 +905,9 @@ def run_main(main):
         dist.destroy_process_group()
 
 
-# Data parallelism in four functions.  Every rank holds the whole model and decodes its share of the prompts; the finished rollouts go to all
-# ranks, so rewards, advantages and token counts are computed on the whole batch by the very code a single process runs; then each rank
-# runs its share of the forward and backward passes, and the gradients are added up.
+# Data parallelism in four functions.  Every rank holds the whole model and decodes its share of the prompts; the finished rollouts go
+# to all ranks, so rewards, advantages and token counts are computed on the whole batch by the very code a single process runs; then each
+# rank runs its share of the forward and backward passes, and the gradients are added up.
 
 
 def ranks():

@@ -138,7 +138,7 @@ def parse_args(argv=None):
     p.add_argument("--init", default="out/stage1", help="checkpoint that is sampled and then fine-tuned: folder or hub name")
     p.add_argument("--out", default="out/stage2", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to sample")
-    p.add_argument("--data", default="", help="real problems to sample, or (with a column `response`) samples that this stage saved: as in stage 1")
+    p.add_argument("--data", default="", help="real problems as in stage 1, or samples to learn from (rows with a `response`)")
     p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
     p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
     p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
@@ -193,7 +193,7 @@ def main():
         print(f"sampled {sum(reasons.values())}: " + ", ".join(f"{name} {n}" for name, n in reasons.most_common()))
     data = rows if ready else read_rows(path)
     if "problem" not in data[0]:
-        raise UserError(f"{args.data}: samples (column `response`) without a column `problem`; expected what stage 2 saves, e.g. out/stage2/data")
+        raise UserError(f"{args.data}: has responses but no column `problem`; expected what stage 2 saves, e.g. out/stage2/data")
 
     # ---- tag tokens ----
     add_tag_tokens(model, tokenizer)

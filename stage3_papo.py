@@ -125,8 +125,9 @@ def main():
                 text = response_text(tokenizer, rollout.ids)
                 valid = rollout.finish_reason == "stop" and format_score(text) == 0
                 right = problem.verify(text)
-                rewards.append(1.0 if right and valid else -1.0)
-                verdicts.append((valid, right, rewards[-1], len(rollout.ids), rollout.critical_path, rollout.max_branches, problem.question, text))
+                R = 1.0 if right and valid else -1.0
+                rewards.append(R)
+                verdicts.append((valid, right, R, len(rollout.ids), rollout.critical_path, rollout.max_branches, problem.question, text))
             drawn.append((prompt, rollouts, rewards, verdicts))
         batch, judged = [], []  # batch: (group, prompt, rollout, reward)
         for g, (prompt, rollouts, rewards, verdicts) in enumerate(from_all_ranks(drawn)):

@@ -1,6 +1,6 @@
 """A small random checkpoint in the layout of Qwen/Qwen3-*, and data in the form of real data sets: what cannot be downloaded here, made.
 
-    python tests/real_checkpoint.py out/smoke-real      # out/smoke-real/base/, train.json (as ORZ-57k), samples.jsonl (for stage 2)
+    python tests/real_checkpoint.py out/smoke-real      # out/smoke-real/base/, train.json (as ORZ-57k), samples.jsonl (for stage 2), prompt.txt
 
 Real: the files and their keys, the tokenizer's kind (byte-level BPE, Qwen's way of cutting words and its 26 added tokens), the chat
 template's behaviour, a head_dim that is not hidden_size / heads, spare embedding rows, shards, bf16, two ends of turn.  Not real: the weights.
@@ -89,6 +89,7 @@ def main():
     orz = [[{"from": "human", "value": q}, {"from": "assistant", "ground_truth": {"value": a, "pass_at_n": 0.5}}] for q, _, a in rows]
     (out / "train.json").write_text(json.dumps(orz))
     (out / "samples.jsonl").write_text("".join(json.dumps({"problem": q, "response": r}) + "\n" for q, r, _ in rows))
+    (out / "prompt.txt").write_text("Answer with guideline, plans, steps and takeaway, then the boxed answer.\n")  # shorter than assets/'s: time
     real_checkpoint(out / "base")
 
 

@@ -469,3 +469,60 @@ def test_the_format_prompt_for_real_models_is_a_file_and_another_replaces_it(tmp
     assert read_prompt(str(tmp_path / "mine.txt"), "some/data") == read_prompt(str(tmp_path / "mine.txt"), "") == "Be brief."
     with pytest.raises(UserError, match="--prompt-file"):
         read_prompt("nowhere.txt", "")
+
+
+# ---- the judge on real benchmarks ----
+
+
+def test_a_killed_bench_run_decodes_only_what_is_missing_and_another_setting_starts_afresh(tmp_path, tok, monkeypatch):
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    import eval as judge
+
+    (tmp_path / "aime25.json").write_text(json.dumps([{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(70)]))
+    real_checkpoint(tmp_path / "npr", tok)
+    decoded, decode = [], judge.decode
+
+    def counting(engine, problems, *rest, **options):
+        decoded.append(len(problems))
+        return decode(engine, problems, *rest, **options)
+
+    def bench(*flags):
+        decoded.clear()
+        argv = ["eval.py", str(tmp_path / "npr"), "--out", str(tmp_path), "--bench", "aime25", "--bench-dir", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [*argv, "--max-new-tokens", "4", "--timed", "0", "--k", "2", *flags])
+        judge.main()
+        [file] = (tmp_path / "aime25").glob("*.jsonl")
+        return file, file.read_text(), json.loads((tmp_path / "bench.json").read_text())["results"][0]
+
+    monkeypatch.setattr(judge, "decode", counting)
+    file, whole, result = bench()
+    rows = [json.loads(line) for line in whole.splitlines()[1:]]
+    assert decoded == [32, 32, 6] and len(rows) == 140 and {"response", "right", "tokens", "finish_reason"} <= rows[0].keys()
+    assert result["bench"] == "aime25" and result["tokens"] == np.mean([r["tokens"] for r in rows]) and result["accuracy"] == 0
+    lines = whole.split("\n")
+    file.write_text("\n".join(lines[:130]) + "\n" + lines[130][:20])  # killed in the middle of a line: problem 64 has one of two samples
+    _, resumed, again = bench()
+    strip = lambda text: sorted((r["number"], r["response"], r["right"]) for r in map(json.loads, text.splitlines()[1:]))  # noqa: E731
+    assert decoded == [6] and strip(resumed) == strip(whole) and again["tokens"] == result["tokens"]
+    bench()
+    assert decoded == []
+    bench("--seed", "7")
+    assert decoded == [32, 32, 6]
+    bench("--seed", "7", "--first", "5")
+    assert decoded == [5]
+
+
+def test_every_benchmark_has_a_file_or_a_hub_name(tmp_path, tok, monkeypatch):
+    import eval as judge
+
+    assert set(judge.BENCHES) == set("aime25 aime24 hmmt25 olympiad minerva zebra amc23 math500".split())
+    assert {file for file, _ in judge.BENCHES.values()} >= set(FILES)
+    real_checkpoint(tmp_path / "npr", tok)
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "npr"), "--out", str(tmp_path), "--bench", "zebra", "--bench-dir", str(tmp_path)])
+
+    def no_network(name, config):
+        raise ConnectionError(f"no route to {name}")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    with pytest.raises(UserError, match="ZebraLogicBench-private"):
+        judge.main()
