@@ -86,7 +86,8 @@ class StopAt(StoppingCriteria):
 
 
 def continuous_batching(hf):
-    """transformers' own engine, `generate_batch`, as a function (prompts, lengths) -> tokens; None where it does not run."""
+    """transformers' own engine, behind `generate_batch`: (function (prompts, lengths) -> tokens, function to stop it), or Nones where it
+    does not run."""
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     try:
         from transformers import ContinuousBatchingConfig
@@ -110,9 +111,10 @@ def continuous_batching(hf):
             return tokens
 
         run([[60, 61]], [4])
-        return run
+        return run, lambda: manager.stop(block=True)
     except Exception as error:  # another version, or no attention kernel for this device
         print(f"generate_batch does not run here: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        return None, None
 
 
 def timed(function, device):
@@ -139,7 +141,7 @@ def line(*cells):
 
 
 def sequential_cases(size, model, hf, tokenizer, args, device):
-    continuous = continuous_batching(hf)
+    continuous, stop_continuous = continuous_batching(hf)
     for batch in args.batches:
         for mix in ("equal", "uneven") if batch > 1 else ("equal",):
             rng = np.random.default_rng(batch)
@@ -173,6 +175,8 @@ def sequential_cases(size, model, hf, tokenizer, args, device):
                 if s := seconds.get(name):
                     what = f"{name}, sequential" if name == "engine" else name
                     line(size, case, what, f"{total / s:.0f}", f"{1e3 * s / n:.2f}", f"{s:.3f}", kv, f"{seconds['generate'] / s:.2f}x")
+    if continuous:
+        stop_continuous()
 
 
 def parallel_cases(size, model, tokenizer, args, device):
@@ -248,13 +252,15 @@ def main():
     rng = np.random.default_rng(0)
     prompts = [[int(x) for x in rng.integers(60, 160, rng.integers(8, 64))] for _ in range(2000)]
     engine.end, engine.lengths = tokenizer.eos_token_id, {tuple(p): int(16 + 240 * rng.beta(0.8, 2.0)) for p in prompts}
-    peaks = []
+    resident = []
     for part in range(4):
         engine.generate(prompts[500 * part : 500 * (part + 1)], parallel=False, max_new_tokens=256)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        statm = Path("/proc/self/statm")  # resident now; elsewhere than on Linux only the peak is told
+        now = int(statm.read_text().split()[1]) * resource.getpagesize() if statm.is_file() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resident.append(now / 2**20)
     print(
         f"2,000 requests under a KV budget of 8,192 tokens ({engine.stats.preemptions} preemptions, peak {engine.stats.peak_kv_tokens} "
-        f"tokens, {engine.kv_tokens_in_use} in use at the end): peak RSS after each 500: " + ", ".join(f"{x:.0f}" for x in peaks) + " MiB"
+        f"tokens, {engine.kv_tokens_in_use} in use at the end): resident after each 500: " + ", ".join(f"{x:.0f}" for x in resident) + " MiB"
     )
 
 
