@@ -18,6 +18,9 @@ from engine import TAGS, Engine, tag_token_ids  # noqa: E402
 
 
 
+torch.set_num_threads(1)  # toy models: a second thread costs more than it brings
+
+
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=3000, help="requests of the engine's fuzz test")
 
