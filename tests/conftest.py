@@ -16,8 +16,6 @@ import engine as engine_module  # noqa: E402
 import stage0_model as stage0  # noqa: E402
 from engine import TAGS, Engine, tag_token_ids  # noqa: E402
 
-
-
 torch.set_num_threads(1)  # toy models: a second thread costs more than it brings
 
 
