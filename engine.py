@@ -269,7 +269,7 @@ class KVMemory:
         self.group[self.index], self.branch[self.index] = group.flatten()[self.chosen], branch.flatten()[self.chosen]
         self.mask = visible_mask(group, branch)[:, None] if bool(group.any()) else None
 
-    def aim_decode(self, row, slot, col, group, branch, shape, no_mask=False):
+    def aim_decode(self, row, slot, col, group, branch, shape, no_mask):
         """The coming forward adds N packed tokens to running rows.  All (N,): a token's row, its slot there, its place among the row's
         new tokens, and its integers.  shape (R, Q, S): rows, most new tokens of one row, and the longest row after this call.
         no_mask: every row feeds one trunk token into slot S - 1, which sees all there is."""
