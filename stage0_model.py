@@ -380,8 +380,8 @@ def read_prompt(prompt_file, data):
 def work_out(problem, rng, slip):
     """Rounds of worked parts, and how they end.
 
-    Returns (rounds, answer): each round is (plans, steps, takeaway); all kinds need one round except a countdown whose first
-    round found nothing, which may try other moves in a second.  For chains, e.g.
+    Returns (rounds, answer): each round is (plans, steps, takeaway); all kinds need one round except a countdown whose moves so far
+    found nothing, which tries others in a further round or gives up, with equal odds.  For chains, e.g.
     plans ['A', 'B'], steps ['A12+5=17*3=51;a51', 'B40-7=33*2=66;b66'], takeaway 'a51b66', answer '66'.
     """
 
@@ -414,8 +414,8 @@ def work_out(problem, rng, slip):
         return [(plans, steps, takeaway)], str(total)
     target, moves, rounds, found = parts["target"], first_moves(parts["numbers"]), [], None
     rng.shuffle(moves)
-    while not found and moves and len(rounds) < 2:
-        k = min(rng.randint(2, 5) if not rounds else rng.randint(2, 3), len(moves))
+    while not found and moves:
+        k = min(rng.choice((2, 2, 2, 3, 3, 3, 4, 5)) if not rounds else rng.randint(2, 3), len(moves))
         now, moves = moves[:k], moves[k:]
         steps = []
         for x, op, y, rest in now:
@@ -434,7 +434,7 @@ def work_out(problem, rng, slip):
             steps.append(f"{text};{verdict}")
             found = found or (verdict[1:] or None)
         rounds.append(([f"{x}{op}{y}" for x, op, y, _ in now], steps, found or "none"))
-        if not found and rng.random() < 0.6:
+        if not found and rng.random() < 0.5:
             break
     x, op, y, _ = now[-1]
     return rounds, found or f"{x}{op}{y}"  # gives up with the last first move: a wrong answer, and an honest one
