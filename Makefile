@@ -2,6 +2,8 @@
 # make test    set up, run the tests            make smoke   every stage and the evaluation at miniature size, a few minutes
 # make smoke-real   the same with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
 # make bench   the engine against transformers' generate (DEVICE=cuda: on a GPU)
+# make seeds   stages 1-3 twice more from the same base           make twins   SR-BETA and SR, the sequential twins, and `hard`
+# make ablations   PAPO minus each of its ingredients              make curves  assets/curves.png, from what the stages logged
 # make clean   remove what was trained          OUT=out/big  write somewhere else
 # A stage is a file target: a finished one is not run again, a killed one resumes where it left off.
 
@@ -67,7 +69,34 @@ smoke-real: $(VENV)
 	$(PY) eval.py $(REAL)/stage1 $(REAL)/stage3 --out $(REAL) --bench aime25 --bench-dir $(BENCHES) \
 	  --prompt-file $(REAL)/prompt.txt --max-new-tokens 128 --timed 2
 
+# ---- the studies of README's "Measured" ----
+
+seeds: $(OUT)/eval.json
+	for seed in 1 2; do mkdir -p $(OUT)/seed$$seed && ln -sfn ../stage0 $(OUT)/seed$$seed/stage0 && $(MAKE) OUT=$(OUT)/seed$$seed \
+	  STAGE1="$(STAGE1) --seed $$seed" STAGE2="$(STAGE2) --seed $$seed" STAGE3="$(STAGE3) --seed $$seed" || exit 1; done
+
+$(OUT)/stage2_seq/$(DONE): $(OUT)/stage2/$(DONE)
+	$(RUN) stage2_beta.py --sequential --init $(OUT)/stage1 --data $(OUT)/stage2/data --out $(OUT)/stage2_seq $(STAGE2)
+
+$(OUT)/stage3_seq/$(DONE): $(OUT)/stage2_seq/$(DONE)
+	$(RUN) stage3_papo.py --sequential --init $(OUT)/stage2_seq --out $(OUT)/stage3_seq $(STAGE3)
+
+twins: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
+	$(RUN) eval.py $(OUT)/stage2 $(OUT)/stage2_seq $(OUT)/stage3 $(OUT)/stage3_seq --out $(OUT)/twins --timed 30 $(EVAL)
+	$(RUN) eval.py $(OUT)/stage3 $(OUT)/stage3_seq --out $(OUT)/twins/chains --kind chains --n 300 --timed 60 $(EVAL)
+	$(RUN) eval.py $(OUT)/stage3 $(OUT)/stage3_seq --out $(OUT)/twins/hard --split hard --n 501 --max-new-tokens 1280 $(EVAL)
+
+ABLATIONS := papo group-std no-schema-filter clip-updates count-forced
+ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))
+	$(RUN) eval.py $(OUT)/stage2 $(ABLATIONS:%=$(OUT)/ablations/%) --out $(OUT)/ablations --timed 0 $(EVAL)
+
+$(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --steps 30 $(if $(filter-out papo,$*),--$*) $(if $(filter clip-updates,$*),3)
+
+curves:
+	$(PY) eval.py $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 $(wildcard $(OUT)/seed*/stage[123]) --curves assets/curves.png
+
 clean:
 	rm -rf out
 
-.PHONY: all test bench smoke smoke-real clean
+.PHONY: all test bench smoke smoke-real seeds twins ablations curves clean

@@ -4,6 +4,7 @@ In : checkpoint folders.      Out: a table, and in --out: eval.json, eval.txt, r
 
     python eval.py out/stage0 out/stage1 out/stage2 out/stage3
     python eval.py out/stage3 out/stage3_seq --split hard --n 100 --out out/hard
+    python eval.py out/stage1 out/stage2 out/stage3 --curves assets/curves.png        # what the stages logged, as a picture
     python eval.py out/npr --bench aime25 math500 --k 8 --out out/real      # real problems: responses kept, resumable by problem
 
 Each checkpoint is decoded in the mode it was made for: a base is asked plainly, and asked for the format; a stage-1 checkpoint and
@@ -25,8 +26,8 @@ from tqdm import tqdm
 
 from engine import TAGS, Engine, Sequence, batches, token_logprobs
 from stage0_model import (
-    KINDS, PLAIN_PROMPT, REAL_PLAIN_PROMPT, SPLITS, UserError, from_all_ranks, load, make_problems, my_share, pick_device, prompt_ids,
-    ranks, read_problems, read_prompt, response_text, run_main, write_atomic,
+    KINDS, PLAIN_PROMPT, REAL_PLAIN_PROMPT, SPLITS, UserError, apply_op, first_moves, from_all_ranks, last_boxed, load, make_problems,
+    my_share, pick_device, prompt_ids, ranks, read_problems, read_prompt, response_text, run_main, write_atomic,
 )  # fmt: skip
 from stage1_zero import format_score, parse_response
 
@@ -85,15 +86,36 @@ def decode(engine, problems, mode, args, k=1, temperature=1.0, progress=True):
     return from_all_ranks(rollouts)
 
 
+def parts_of(problem):
+    """How many parts a made problem has: its chains, its terms, or the first moves that lead to a countdown's target.  None for a real one.
+
+    3 4 5 make 35 -> 1: only 3+4, then 7*5      3 4 5 make 12 -> 3: 3+4+5 may begin with any two
+    """
+    if problem.kind == "countdown":
+        reached = [
+            any(apply_op(max(value, z), op2, min(value, z)) == problem.parts["target"] for z in rest for op2 in "+-*")
+            for value, rest in ((apply_op(x, op, y), rest) for x, op, y, rest in first_moves(problem.parts["numbers"]))
+        ]
+        return sum(reached)
+    return len(problem.parts.get("chains") or problem.parts.get("terms") or []) or None
+
+
 def judge(problem, rollout, tokenizer):
     """What is kept of a response: {problem, response, right, valid, ..}, ready for jsonl."""
     text = response_text(tokenizer, rollout.ids)
+    blocks, boxed = parse_response(text).blocks, last_boxed(text)
     return {
         "problem": problem.question, "kind": problem.kind, "answer": problem.answer, "response": text, "right": problem.verify(text),
         "valid": rollout.finish_reason == "stop" and format_score(text) == 0,
         "finish_reason": rollout.finish_reason, "error": rollout.error,
         "tokens": len(rollout.ids), "critical_path": rollout.critical_path, "branches": rollout.max_branches,
-        "plans": sum(len(block[0]) for block in parse_response(text).blocks),
+        "plans": sum(len(plans) for plans, _, _ in blocks), "parts": parts_of(problem),
+        # signs of collapse: a block that has nothing to fork, steps that repeat another, say nothing, or were not needed
+        "blocks": len(blocks), "single_plan_blocks": sum(len(plans) == 1 for plans, _, _ in blocks),
+        "steps": sum(len(steps) for _, steps, _ in blocks),
+        "copied_steps": sum(len(steps) - len(set(steps)) for _, steps, _ in blocks),
+        "empty_steps": sum(len(step) < 10 for _, steps, _ in blocks for step in steps),
+        "answer_in_plan": bool(boxed) and boxed not in problem.question and any(boxed in plan for plans, _, _ in blocks for plan in plans),
     }  # fmt: skip
 
 
@@ -101,6 +123,7 @@ def measure(judged):
     """Metrics of one checkpoint in one mode (README's glossary).  judged: for every problem the k rows of `judge`."""
     flat = [row for rows in judged for row in rows]
     mean = lambda key: float(np.mean([row[key] for row in flat]))  # noqa: E731
+    share = lambda key, of: sum(row[key] for row in flat) / max(1, sum(row[of] for row in flat))  # noqa: E731
     accuracy, ci = mean_and_ci([[row["right"] for row in rows] for rows in judged])
     return {
         "accuracy": accuracy,
@@ -112,6 +135,14 @@ def measure(judged):
         "tokens": mean("tokens"),
         "critical path": mean("critical_path"),
         "tokens/path": mean("tokens") / mean("critical_path"),
+        "single-plan blocks": share("single_plan_blocks", "blocks"),
+        "copied steps": share("copied_steps", "steps"),
+        "empty steps": share("empty_steps", "steps"),
+        "answer in a plan": mean("answer_in_plan"),
+        "plans by parts": {
+            parts: float(np.mean([row["plans"] for row in flat if row["parts"] == parts]))
+            for parts in sorted({row["parts"] for row in flat if row["parts"]})
+        },
     }
 
 
@@ -247,6 +278,42 @@ def trace_page(traces):
     return "\n".join(page) + "\n"
 
 
+def draw_curves(folders, file):
+    """One row of panels per stage from the folders' log.jsonl; folders of one name (seeds of one stage) share a row.  Thin lines: steps;
+    thick ones: mean of the five around it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--curves draws with matplotlib, which is not installed; pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    stages = {}
+    for folder in folders:
+        log = Path(folder) / "log.jsonl"
+        if not log.is_file():
+            raise UserError(f"{log}: no such file; expected the folder of a stage, e.g. out/stage1")
+        stages.setdefault(Path(folder).name, []).append([json.loads(line) for line in log.read_text().splitlines()])
+    wanted = ("valid", "accuracy", "reward", "entropy", "length", "critical_path")
+    figure, axes = plt.subplots(len(stages), len(wanted), figsize=(3 * len(wanted), 2.4 * len(stages)), squeeze=False, layout="constrained")
+    for row, (stage, runs) in zip(axes, stages.items()):
+        keys = [key for key in wanted if key in runs[0][0]]
+        keys += [] if "reward" in keys else ["loss"]  # the loss of reinforcement learning is no curve to look at
+        for panel, key in zip(row, keys):
+            for i, steps in enumerate(runs):
+                x, y = [r["step"] for r in steps], np.array([r[key] for r in steps])
+                smooth = [y[max(0, j - 2) : j + 3].mean() for j in range(len(y))]
+                panel.plot(x, y, color=f"C{i}", alpha=0.3, linewidth=0.8)
+                panel.plot(x, smooth, color=f"C{i}", linewidth=1.5)
+            panel.set_title(f"{stage}: {key.replace('_', ' ')}", fontsize=9)
+            panel.tick_params(labelsize=7)
+        for panel in row[len(keys) :]:
+            panel.axis("off")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=80)
+    print(f"wrote {file}")
+
+
 def table(rows):
     """Rows of {column: text} as aligned plain text; the columns are those of the first row."""
     columns = list(rows[0])
@@ -261,7 +328,7 @@ def main():
     p.add_argument("--out", default="out", help="folder for eval.json, eval.txt, responses.jsonl and trace.html")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to judge on")
     p.add_argument("--split", default="heldout", choices=SPLITS, help="tune is for choosing settings, heldout for reporting")
-    p.add_argument("--n", type=int, default=600, help="problems, all kinds together")
+    p.add_argument("--n", type=int, default=1002, help="problems, all kinds together")
     p.add_argument("--k", type=int, default=1, help="samples per problem at --temperature")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampled columns; a greedy column stands beside them")
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens, all branches together")
@@ -272,9 +339,12 @@ def main():
     p.add_argument("--prompt-file", default="", help="text that asks for the format (with --bench: assets/format_prompt.txt)")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--timed", type=int, default=12, help="problems decoded alone (batch 1), every checkpoint in turn, for time to answer")
+    p.add_argument("--curves", default="", help="judge nothing; draw the folders' log.jsonl into this picture (needs matplotlib)")
     p.add_argument("--seed", type=int, default=1234, help="of the problems and the sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
     args = p.parse_args()
+    if args.curves:
+        return draw_curves(args.checkpoints, args.curves)
     device = pick_device(args.device)
     out, writes = Path(args.out), ranks()[0] == 0
     out.mkdir(parents=True, exist_ok=True)
@@ -330,8 +400,15 @@ def main():
            for name, key in (("acc %", "accuracy"), ("tok/path", "tokens/path"))}
         for r in judged
     ]  # fmt: skip
+    forked = [r for r in judged if r["plans"]]
+    collapse = [
+        {"checkpoint": r["checkpoint"], "mode": r["mode"]}
+        | {f"{key} %": percent(r[key]) for key in ("single-plan blocks", "copied steps", "empty steps", "answer in a plan")}
+        | {f"plans by {kind} parts": "  ".join(f"{parts}: {n:.1f}" for parts, n in m["plans by parts"].items()) for kind, m in r["kinds"].items()}
+        for r in forked
+    ]
     head = f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, device {device}"
-    text = f"{head}\n\n{table(rows)}\n\n{table(by_kind)}\n"
+    text = f"{head}\n\n{table(rows)}\n\n{table(by_kind)}\n" + (f"\n{table(collapse)}\n" if collapse else "")
     print("\n" + text)
     if not writes:
         return

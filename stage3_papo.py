@@ -75,6 +75,7 @@ def parse_args(argv=None):
     p.add_argument("--prompts", type=int, default=33, help="questions per step")
     p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
     p.add_argument("--lr", type=float, default=1e-4, help="peak AdamW learning rate, falling to zero over the second half")
+    p.add_argument("--muon-lr", type=float, default=0.0, help="peak Muon learning rate of the matrices; 0: AdamW does it all")
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens, all branches together")
     p.add_argument("--max-branches", type=int, default=8, help="most plans a guideline may have")
     p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts")
@@ -102,7 +103,7 @@ def main():
     data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
     format_prompt = read_prompt(args.prompt_file, args.data)
     run, engine = Run(args), Engine(model, tokenizer)
-    optimizers = make_optimizers(model, args.lr)
+    optimizers = make_optimizers(model, args.lr, args.muon_lr)
     if args.recompute:
         recompute_activations(model)
     first = run.start(model, optimizers)

@@ -34,6 +34,39 @@ def test_every_metric_of_two_problems_with_two_samples(tokenizer):
     assert m["tokens"] == tokens and m["critical path"] == 20 and m["tokens/path"] == tokens / 20
 
 
+def test_parts_count_chains_terms_and_first_moves_that_lead_to_the_target():
+    countdown = lambda numbers, target: stage0.Problem("countdown", "q", "", {"numbers": numbers, "target": target})  # noqa: E731
+    assert judge.parts_of(countdown([3, 4, 5], 35)) == 1  # only 3+4, then 7*5
+    assert judge.parts_of(countdown([3, 4, 5], 12)) == 3  # 3+4+5 may begin with any two
+    assert judge.parts_of(countdown([3, 4, 5], 99)) == 0
+    for kind, key in (("chains", "chains"), ("sums", "terms")):
+        assert all(judge.parts_of(p) == len(p.parts[key]) for p in stage0.make_problems(kind, "tune", 5, 0))
+    assert judge.parts_of(stage0.Problem("math", "q", "9")) is None
+
+
+def test_signs_of_collapse_are_counted(tokenizer):
+    block = "<guideline><plan>1:a9</plan>{}</guideline><step>1:1+2=3+4=7;</step>{}<takeaway>t</takeaway>"
+    two = block.format("<plan>2:b</plan>", "<step>2:1+2=3+4=7;</step>")  # the second step copies the first
+    three = block.format("<plan>2:b</plan><plan>3:c</plan>", "<step>2:abc</step><step>3:2+2=4+4=8;</step>")  # one says nothing
+    texts = [two + "\\boxed{9}", three + "\\boxed{7}", block.format("", "") + "\\boxed{7}"]  # the first names its answer in a plan
+    m = judge.measure([[judge.judge(stage0.Problem("sums", "q", "9"), rollout(tokenizer, t, 30), tokenizer)] for t in texts])
+    assert m["single-plan blocks"] == m["answer in a plan"] == 1 / 3
+    assert m["copied steps"] == m["empty steps"] == 1 / 6
+
+
+def test_curves_of_two_seeds_are_one_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    for folder in ("a/stage1", "b/stage1", "a/stage2"):
+        (tmp_path / folder).mkdir(parents=True)
+        rows = [{"step": s, "loss": 1.0 / s, "entropy": 0.5} | ({"valid": 0.1 * s, "reward": -1} if "1" in folder else {}) for s in range(1, 9)]
+        (tmp_path / folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folders = [str(tmp_path / f) for f in ("a/stage1", "b/stage1", "a/stage2")]
+    judge.draw_curves(folders, tmp_path / "assets" / "curves.png")
+    assert (tmp_path / "assets" / "curves.png").stat().st_size > 5000
+    with pytest.raises(stage0.UserError, match="no such file"):
+        judge.draw_curves([str(tmp_path)], tmp_path / "x.png")
+
+
 def test_a_checkpoint_is_judged_in_the_mode_it_was_made_for(tmp_path, plain_tokenizer, tokenizer):
     for name, tok, args in [
         ("base", plain_tokenizer, {"steps": 1}), ("zero", plain_tokenizer, {"init": "base"}),
