@@ -6,7 +6,7 @@ NPR starts from an instruction-tuned model (the paper: Qwen3-4B).  None can be d
 makes a stand-in in minutes: a 0.9M-parameter Qwen3 that solves synthetic problems step by step with mediocre accuracy, and
 that follows the parallel format only now and then.  Equation: next-token loss on responses, L = -(1/N) sum_t log p(x_t | x_<t).
 
-    python stage0_model.py                      # about 20 minutes on 2 cores
+    python stage0_model.py                      # about 15 minutes on 2 cores
     python stage0_model.py --steps 20 --out out/smoke/stage0
 
 Shapes: B rows, T tokens, H heads, D head dim, C hidden width, V vocabulary, K branches, G group size, N packed tokens.
@@ -1157,9 +1157,9 @@ def measure_base(path, n, seed, device):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/stage0", help="folder to write the checkpoint to")
-    p.add_argument("--steps", type=int, default=1250, help="optimizer steps")
-    p.add_argument("--batch-tokens", type=int, default=16_384, help="tokens per optimizer step, prompts included")
-    p.add_argument("--micro-batches", type=int, default=4, help="pieces a step is cut into, by document length")
+    p.add_argument("--steps", type=int, default=1200, help="optimizer steps")
+    p.add_argument("--batch-tokens", type=int, default=8_192, help="tokens per optimizer step, prompts included")
+    p.add_argument("--micro-batches", type=int, default=2, help="pieces a step is cut into, by document length")
     p.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate (embeddings and norms)")
     p.add_argument("--muon-lr", type=float, default=4e-3, help="Muon learning rate (matrices)")
     p.add_argument("--warmdown", type=float, default=0.3, help="share of the steps over which the rate falls to zero at the end")
@@ -1169,7 +1169,7 @@ def parse_args(argv=None):
     p.add_argument("--hidden-size", type=int, default=128, help="width of the model, C")
     p.add_argument("--layers", type=int, default=4, help="number of blocks")
     p.add_argument("--save-every", type=int, default=200, help="steps between resume points")
-    p.add_argument("--measure", type=int, default=200, help="problems per kind for the closing measurement, 0 for none")
+    p.add_argument("--measure", type=int, default=60, help="problems per kind for the closing measurement, 0 for none")
     p.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
     return p.parse_args(argv)
