@@ -79,8 +79,8 @@ def random_model(vocab, seed=0, std=0.2, **overrides):
 
 
 @pytest.fixture(scope="session")
-def model(tokenizer):
-    return random_model(len(tokenizer) + 5)
+def model(tokenizer, device):
+    return random_model(len(tokenizer) + 5).to(device)
 
 
 def random_script(rng, tokenizer, tag_ids, max_blocks=4, max_branches=8, max_length=12, min_blocks=1):
@@ -104,8 +104,8 @@ class ScriptedEngine(Engine):
     script_of = None
 
     def sample(self, logits):
-        tokens, logprobs = super().sample(logits)
         log_p, m = logits.float().log_softmax(-1), 0
+        tokens, logprobs = super().sample(logits)
         for request in self.active:
             script = self.script_of(request)
             for head in request.heads:
@@ -129,11 +129,11 @@ def rescore(model, prompts, rollouts, layouts=None):
     layouts = layouts or [r.layout for r in rollouts]
     sequences = [engine_module.Sequence(p, r.ids, laid) for p, r, laid in zip(prompts, rollouts, layouts)]
     scores = [None] * len(rollouts)
-    for rows, ids, batch_layout, mask in engine_module.batches(sequences, 8192):
+    for rows, ids, batch_layout, mask in engine_module.batches(sequences, 8192, model.device):
         with torch.no_grad():
             logprobs, _ = engine_module.token_logprobs(model, ids, batch_layout)
         for b, i in enumerate(rows):
-            scores[i] = logprobs[b][mask[b]].numpy()
+            scores[i] = logprobs[b][mask[b]].cpu().numpy()
     return scores
 
 

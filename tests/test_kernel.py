@@ -1,12 +1,16 @@
 """The decode kernel, FlexAttention and captured steps against the plain paths that they replace.  Without CUDA the kernel runs in Triton's
 interpreter and "captured" steps run eagerly on the same padded buffers; only the capture itself is left to `pytest -m cuda`."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
+from conftest import ScriptedEngine, no_cuda, random_model, random_prompts, random_script
 
 import engine as engine_module
-from engine import attend_pieces, cut_pieces
+import stage0_model as stage0
+from engine import Engine, attend_pieces, cut_pieces
 
 pytestmark = pytest.mark.skipif(engine_module.triton is None, reason="triton is not installed: pip install triton")
 
@@ -143,3 +147,154 @@ def test_docstring_example_of_cut_pieces():
     assert pieces.tolist() == [[0, 0, 4, 0, 2], [0, 4, 5, 0, 2], [9, 0, 3, 2, 1]]
     assert of_token.tolist() == [[0, 0, 2], [2, 2, 1]]
     assert [x.tolist() for x in engine_module.ragged(np.array([2, 1]))] == [[0, 0, 1], [0, 1, 0]]
+
+
+@pytest.mark.cuda
+@no_cuda
+def test_kernel_addresses_a_pool_of_more_than_2_to_the_31_numbers():
+    """4.3 GB of keys and values, so on a GPU only; the row lies at its very end."""
+    slots = 2**23 + 64
+    kv, here = torch.zeros(slots, 2, 128, dtype=torch.float16, device="cuda"), slice(slots - 40, slots)
+    kv[here], q = torch.randn(40, 2, 128), torch.randn(1, 1, 128, device="cuda").half()
+    integers, kind = torch.zeros(2, slots, dtype=torch.long, device="cuda"), dict(dtype=torch.long, device="cuda")
+    pieces, of_token = cut_pieces(np.array([slots - 40]), np.array([40]), np.array([1]), 16, 2)
+    zero = torch.zeros(1, **kind)
+    got = attend_pieces(q, kv, zero + 39, zero, zero, *integers, torch.tensor(pieces, **kind), *torch.tensor(of_token, **kind), 16)
+    weight = (q[0].double() @ kv[here, 0].double().T * 128**-0.5).softmax(-1)
+    torch.testing.assert_close(got[0].double(), weight @ kv[here, 1].double(), atol=2e-3, rtol=0)
+
+
+# ---- the engine with the kernel: padded buffers, replayed ----
+
+
+def trees(model, tokenizer, tag_ids, kernel, n=3, free=False, **sampling):
+    """n scripted trees of up to two blocks; free: the model draws every other token of the branches."""
+    rng = random.Random(4)
+    prompts = random_prompts(rng, n)
+    scripts = {tuple(p): random_script(rng, tokenizer, tag_ids, max_blocks=2, max_branches=5, max_length=5) for p in prompts}
+    if free:
+        loose = lambda ids: [t if i % 2 or t in tag_ids.values() else None for i, t in enumerate(ids)]  # noqa: E731
+        scripts = {p: {key: ids if key == (0, 0) else loose(ids) for key, ids in s.items()} for p, s in scripts.items()}
+    eng = ScriptedEngine(model, tokenizer, kv_tokens=1000, kernel=kernel)
+    eng.script_of = lambda request: scripts[tuple(request.ids[: request.prompt_len])]
+    return eng, prompts, [r for [r] in eng.generate(prompts, max_new_tokens=150, **sampling)]
+
+
+@pytest.mark.parametrize("sampling", [dict(), dict(temperature=0), dict(temperature=0.7, top_k=20), dict(step_repetition_penalty=1.3)], ids=str)
+def test_engine_with_kernel_and_replayed_steps_gives_the_same_tokens(device, tokenizer, tag_ids, sampling):
+    model = random_model(len(tokenizer) + 5, num_hidden_layers=1, num_attention_heads=6).to(device)
+    plain, _, expected = trees(model, tokenizer, tag_ids, kernel=False, free=True, **sampling)
+    eng, _, rollouts = trees(model, tokenizer, tag_ids, kernel=True, free=True, **sampling)
+    assert any(r.max_branches > 3 for r in rollouts) and eng.stats.decode_steps == plain.stats.decode_steps
+    for r, other in zip(rollouts, expected):
+        assert (r.ids, r.forced, r.finish_reason) == (other.ids, other.forced, other.finish_reason)
+        np.testing.assert_allclose(r.logprobs, other.logprobs, atol=1e-5 if device.type == "cpu" else 1e-4)
+    # few sizes: the steps of a run share buffers, whose numbers of tokens are powers of two
+    sizes = {key[1] for key in eng.replay.captured}
+    assert all(n & (n - 1) == 0 for n in sizes) and len(eng.replay.captured) < eng.stats.decode_steps / 2
+    assert eng.kv_tokens_in_use == 0
+
+
+def test_what_an_earlier_step_left_in_a_buffer_changes_nothing(tokenizer):
+    model = random_model(len(tokenizer), num_hidden_layers=1)
+    eng = Engine(model, tokenizer, kernel=True)
+    once = eng.generate([[50, 51], [60]], parallel=False, max_new_tokens=4)
+    eng.generate(random_prompts(random.Random(0), 7), parallel=False, max_new_tokens=3, seed=5)
+    for buffers, *_ in eng.replay.captured.values():
+        for buffer in buffers:
+            buffer.fill_(1 if buffer.dtype == torch.long else float("nan"))
+    again = eng.generate([[50, 51], [60]], parallel=False, max_new_tokens=4)
+    assert [(r.ids, r.logprobs) for [r] in once] == [(r.ids, r.logprobs) for [r] in again]
+
+
+def test_replay_keys_hold_everything_a_captured_function_bakes_in(tokenizer):
+    """A graph knows only the sampling it was captured with: other temperatures need other graphs."""
+    model = random_model(len(tokenizer), num_hidden_layers=1)
+    eng, fresh = (Engine(model, tokenizer, kernel=True) for _ in range(2))
+    eng.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=1.0)
+    keys = set(eng.replay.captured)
+    drawn = eng.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=0)
+    assert {key[0] for key in set(eng.replay.captured) - keys} == {"draw"}
+    assert drawn[0][0].ids == fresh.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=0)[0][0].ids
+
+
+# ---- training: FlexAttention over packed rows against the dense mask over padded ones ----
+
+
+def padded_batch(model, tokenizer, tag_ids, device, n=5):
+    """The rollouts of n scripted trees as one batch (ids, layout, mask) of uneven rows, two of them plain text."""
+    _, prompts, rollouts = trees(model, tokenizer, tag_ids, kernel=False, n=n)
+    sequences = [engine_module.Sequence(p, r.ids, r.layout if i > 1 else None) for i, (p, r) in enumerate(zip(prompts, rollouts))]
+    [(_, *batch)] = engine_module.batches(sequences, 10**6, device)
+    return batch
+
+
+@pytest.fixture
+def flex(monkeypatch):
+    """A switch between the two paths on any device.  Uncompiled FlexAttention runs forward on a CPU, on dense scores."""
+
+    def switch(on):
+        for module in (stage0, engine_module):
+            monkeypatch.setattr(module, "uses_flex", lambda device: on)
+
+    return switch
+
+
+def test_packed_rows_and_flex_attention_give_the_logprobs_of_padded_rows_and_a_dense_mask(device, tokenizer, tag_ids, flex):
+    model = random_model(len(tokenizer) + 5, num_attention_heads=6).to(device)
+    ids, laid, mask = padded_batch(model, tokenizer, tag_ids, device)
+    assert laid.group.any() and len(set(laid.lengths.tolist())) > 1
+    found = []
+    for on in (False, True):
+        flex(on)
+        with torch.no_grad():
+            found.append(engine_module.token_logprobs(model, ids, laid))
+    for dense, packed in zip(*found):
+        torch.testing.assert_close(packed[mask], dense[mask], atol=1e-5 if device.type == "cpu" else 1e-4, rtol=0)
+        assert (dense[mask] != 0).all()
+    flex(True)  # a neighbour's tokens do not matter
+    other = ids.clone()
+    other[1:] = ids[1:].flip(1)
+    with torch.no_grad():
+        torch.testing.assert_close(engine_module.token_logprobs(model, other, laid)[0][0], found[1][0][0], atol=1e-6, rtol=0)
+
+
+def test_flex_attention_sees_what_visible_mask_says(device, tokenizer, tag_ids, model, flex):
+    """On the packed row itself: the definition, as a dense mask, against the blocks."""
+    ids, laid, _ = padded_batch(model, tokenizer, tag_ids, device)
+    ids, laid, place = engine_module.pack(ids, laid)
+    assert ids.shape[1] == stage0.bucket(len(place)) and laid.document[0, len(place) :].eq(-1).all()
+    q, k, v = (torch.randn(1, ids.shape[1], heads, 16, device=device) for heads in (4, 2, 2))
+    found = []
+    for on in (False, True):
+        flex(on)
+        found.append(stage0.attention(q, k, v, stage0.visibility(laid.group, laid.branch, laid.document)))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+    causal = stage0.attention(q, k, v, None)
+    assert (found[0] - causal).abs().max() > 0.1
+
+
+def test_docstring_example_of_pack():
+    zero = torch.zeros(2, 3, dtype=torch.long)
+    laid = engine_module.Layout(zero, zero, torch.arange(3).expand(2, 3), lengths=torch.tensor([3, 1]))
+    ids, packed, place = engine_module.pack(torch.tensor([[5, 6, 7], [8, 0, 0]]), laid)
+    assert ids[0, :6].tolist() == [5, 6, 7, 8, 5, 5] and packed.document[0, :6].tolist() == [0, 0, 0, 1, -1, -1]
+    assert packed.position[0, :4].tolist() == [0, 1, 2, 0] and place.tolist() == [0, 1, 2, 3]
+    assert [stage0.bucket(n) for n in (1, 100, 1100, 8192)] == [32, 128, 1280, 8192]
+
+
+@pytest.mark.cuda
+@no_cuda
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_the_two_training_paths_agree(tokenizer, tag_ids, flex, recompute):
+    gradients = []
+    for on in (False, True):
+        flex(on)
+        model = random_model(len(tokenizer) + 5).cuda()
+        ids, laid, mask = padded_batch(model, tokenizer, tag_ids, "cuda")
+        if recompute:
+            stage0.recompute_activations(model)
+        engine_module.token_logprobs(model, ids, laid)[0][mask].mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    dense, packed = gradients
+    assert dense.norm() > 1e-3 and (packed - dense).norm() / dense.norm() < 1e-3
