@@ -34,7 +34,7 @@ def random_rows(rng, R, longest, most_tokens, max_branches, capacity):
     few slots of each are the new tokens.  Returns length (R,), count (R,), group and branch (R, capacity)."""
     length = rng.integers(1, longest + 1, R)
     count = np.minimum(length, rng.integers(1, most_tokens + 1, R))
-    group, branch = np.zeros((2, R, capacity), dtype=np.int64)
+    group, branch = np.zeros((R, capacity), dtype=np.int64), rng.integers(0, 3, (R, capacity))  # a trunk's branch must not matter
     for r in range(R):
         at, block = 0, 0
         while at < length[r]:
@@ -63,7 +63,7 @@ def reference(q, kv, row, slot, group, branch, slot_group, slot_branch, capacity
     return out
 
 
-def run_kernel(device, rng, length, count, group, branch, capacity, G, H_kv, D, dtype, target, idle=(0, 0), blind=()):
+def run_kernel(device, length, count, group, branch, capacity, G, H_kv, D, dtype, target, idle=(0, 0), blind=()):
     """Error of the kernel against the reference, on random numbers.  idle: so many tokens and pieces more than needed; blind: tokens whose
     slot is -1, so that they see nothing."""
     R, H, (row, col) = len(length), G * H_kv, engine_module.ragged(count)
@@ -95,7 +95,7 @@ def test_kernel_equals_the_reference_for_every_group_size_head_dim_and_dtype(dev
     rng = np.random.default_rng(G)
     torch.manual_seed(G)
     rows = random_rows(rng, 3, 150, 5, 4, 160)
-    assert run_kernel(device, rng, *rows, 160, G, 2, D, dtype, target=3) < TOLERANCE[dtype]
+    assert run_kernel(device, *rows, 160, G, 2, D, dtype, target=3) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -105,7 +105,7 @@ def test_kernel_on_random_layouts_ragged_lengths_and_split_counts(device, seed):
     torch.manual_seed(seed)
     branches = [1, 2, 5, 8, 16, 16][seed]
     rows = random_rows(rng, int(rng.integers(1, 5)), 300, [1, 2, 5, 8, 16, 40][seed], branches, 310)
-    error = run_kernel(device, rng, *rows, 310, 4, 1, 16, torch.float32, [1, 7, 64, 2, 20, 5][seed], idle=(3, 4))
+    error = run_kernel(device, *rows, 310, 4, 1, 16, torch.float32, [1, 7, 64, 2, 20, 5][seed], idle=(3, 4))
     assert error < TOLERANCE[torch.float32]
 
 
@@ -116,14 +116,20 @@ def test_kernel_at_the_edges_of_tiles_and_pieces(device, length):
     group, branch = np.zeros((2, 2, 130), dtype=np.int64)
     rows = np.array([length, 1]), np.array([1, 1]), group, branch
     for target in (1, 2, 4):
-        assert run_kernel(device, rng, *rows, 130, 2, 1, 32, torch.float32, target) < TOLERANCE[torch.float32]
+        assert run_kernel(device, *rows, 130, 2, 1, 32, torch.float32, target) < TOLERANCE[torch.float32]
+
+
+def test_kernel_merges_more_pieces_than_it_takes_at_once(device):
+    torch.manual_seed(0)
+    rows = np.array([64 * 40, 70]), np.array([2, 1]), *np.zeros((2, 2, 64 * 40), dtype=np.int64)
+    assert run_kernel(device, *rows, 64 * 40, 2, 1, 16, torch.float32, 41) < TOLERANCE[torch.float32]
 
 
 def test_kernel_gives_zeros_to_a_query_that_sees_nothing(device):
     rng = np.random.default_rng(0)
     rows = random_rows(rng, 3, 100, 4, 3, 110)
     N = int(rows[1].sum())
-    assert run_kernel(device, rng, *rows, 110, 2, 2, 32, torch.float32, 4, blind=(0, N - 1)) < TOLERANCE[torch.float32]
+    assert run_kernel(device, *rows, 110, 2, 2, 32, torch.float32, 4, blind=(0, N - 1)) < TOLERANCE[torch.float32]
 
 
 def test_pieces_cover_every_slot_of_every_tile_once():
