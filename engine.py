@@ -307,8 +307,8 @@ if triton is not None:
             return
         m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
         token, real, wide = first + m // G, m // G < tokens, d < D  # query row m is head m % G of the group, of token m // G
-        at = token[:, None] * q_stride + (head * G + m % G)[:, None] * D + d[None]
-        queries = tl.load(q + at, mask=real[:, None] & wide[None], other=0.0)  # (M, D)
+        heads = q + token[:, None] * q_stride + (head * G + m % G)[:, None] * D
+        queries = tl.load(heads + d[None], mask=real[:, None] & wide[None], other=0.0)  # (M, D)
         q_slot = tl.load(slot + token, mask=real, other=-1)[:, None]  # (M, 1)
         q_group = tl.load(group + token, mask=real, other=0)[:, None]
         q_branch = tl.load(branch + token, mask=real, other=0)[:, None]
@@ -333,10 +333,10 @@ if triton is not None:
             total = total * shrink + tl.sum(weight, 1)
             found = found * shrink[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
             best = new
-        at = (piece * H_KV + head).to(tl.int64) * M + m
+        to = (piece * H_KV + head).to(tl.int64) * M + m
         seen = tl.where(total > 0, total, 1.0)
-        tl.store(partial + at[:, None] * D + d[None], found / seen[:, None], mask=real[:, None] & wide[None])
-        tl.store(partial_lse + at, best + tl.log2(seen), mask=real)  # -inf where nothing was seen
+        tl.store(partial + to[:, None] * D + d[None], found / seen[:, None], mask=real[:, None] & wide[None])
+        tl.store(partial_lse + to, best + tl.log2(seen), mask=real)  # -inf where nothing was seen
 
     @triton.jit
     def merge_pieces(
@@ -408,7 +408,7 @@ class KVMemory:
         )  # (layers, slots, 2 H_kv, D)
         self.group, self.branch = torch.zeros(2, kv_tokens + 1, device=device, dtype=torch.long)  # of the token in each slot
         self.bytes_per_token = self.pool[:, 0].numel() * self.pool.element_size()
-        self.moved_bytes = 0
+        self.moved_bytes, self.fused = 0, False
         self.cut(0, 0)
 
     def cut(self, rows, capacity):
@@ -434,12 +434,12 @@ class KVMemory:
         self.chosen = (column < lengths[:, None]).flatten().nonzero()[:, 0]  # (N,) of the B * T, the padding left out
         self.index = (row[:, None] * self.capacity + column).flatten()[self.chosen]  # (N,) slots
         self.group[self.index], self.branch[self.index] = group.flatten()[self.chosen], branch.flatten()[self.chosen]
-        self.mask = visibility(group, branch)
+        self.mask, self.fused = visibility(group, branch), False
 
     def aim_pieces(self, index, slot, group, branch, pieces, first_piece, num_pieces, M):
         """The coming forward adds N packed tokens to running rows, and the kernel looks at the rows.  index (N,): a token's slot in the pool;
         the rest as in `attend_pieces`."""
-        self.index, self.chosen = index, None
+        self.index, self.chosen, self.fused = index, None, True
         self.group[index], self.branch[index] = group, branch
         self.plan = slot, group, branch, self.group, self.branch, pieces, first_piece, num_pieces, M
 

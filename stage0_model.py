@@ -611,7 +611,7 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm.  What a token may see is decided outside, by `attend`.
+    """The two ends of grouped-query attention with QK-norm.  What is between them, and what a token may see, is decided outside.
 
     Queries, keys and values come out of one matrix product: decoding one token is a matter of how many operations are launched."""
 
@@ -624,14 +624,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, attend):
+    def queries_keys_values(self, x, cos, sin):
+        """x (B, T, C) -> (B, T, H, D), (B, T, H_kv, D), (B, T, H_kv, D)."""
         B, T, _ = x.shape
         H, qk_heads = self.heads, self.heads + self.kv_heads
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 H_kv, D)
         # queries and keys are normed and rotated together; each kind has one weight for all its heads
         scale = torch.cat([self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(self.kv_heads, -1)])  # (H + H_kv, D)
         qk = rotate(F.rms_norm(qkv[:, :, :qk_heads], self.q_norm.shape, eps=self.q_norm.eps) * scale, cos, sin)
-        return self.o_proj(attend(qk[:, :, :H], qk[:, :, H:], qkv[:, :, qk_heads:]).reshape(B, T, -1))
+        return qk[:, :, :H], qk[:, :, H:], qkv[:, :, qk_heads:]
 
 
 class MLP(nn.Module):
@@ -657,9 +658,30 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def before(self, x, cos, sin):
+        return self.self_attn.queries_keys_values(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, found):
+        x = x + self.self_attn.o_proj(found.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, cos, sin, attend):
+        return self.after(x, attend(*self.before(x, cos, sin)))
+
+
+@functools.cache
+def compiled(function, dynamic=False):
+    """torch.compile on CUDA.  Not dynamic: once for every shape, so let them be few (`bucket`)."""
+    if not torch.cuda.is_available():
+        return function
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=dynamic)
+
+
+def fused_block(block, x, cos, sin, attend):
+    """Block.forward with everything around attention compiled: a decode step of few tokens is a thousand small operations, and on a GPU each
+    costs two microseconds even in a captured graph.  All blocks, and all numbers of tokens, share the same code."""
+    return compiled(Block.after, dynamic=True)(block, x, attend(*compiled(Block.before, dynamic=True)(block, x, cos, sin)))
 
 
 def visible_mask(group, branch, document=None):
@@ -677,16 +699,6 @@ def uses_flex(device):
     return device.type == "cuda"
 
 
-@functools.cache
-def compiled(function):
-    """Uncompiled, `create_block_mask` and `flex_attention` would fill a T x T tensor each; compiled, neither does.  Every shape is compiled
-    once: `bucket` keeps them few."""
-    if not torch.cuda.is_available():
-        return function
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function, dynamic=False)
-
-
 def bucket(n):
     """n rounded up to one of four sizes for every power of two: 100 -> 128, 1100 -> 1280, 8192 -> 8192."""
     step = max(32, 2 ** (n.bit_length() - 3))
@@ -695,7 +707,8 @@ def bucket(n):
 
 def visibility(group, branch, document=None):
     """`visible_mask` in the form that `attention` takes: None where plain causal order says it all, on CUDA the blocks of 128 x 128 that
-    are not empty (siblings and other documents are skipped there, not computed and masked), on a CPU (B, 1, T, T) bool."""
+    are not empty (siblings and other documents are skipped there, not computed and masked; uncompiled, a T x T tensor would be filled to find
+    them), on a CPU (B, 1, T, T) bool."""
     if document is None and not group.any():
         return None
     if not uses_flex(group.device):
@@ -752,7 +765,7 @@ class Qwen3(nn.Module):
         layout: None for plain causal text, or integers `.group`, `.branch`, `.position`, each (T,) or (B, T), and `.document` (1, T) where
         several sequences are packed into one row (engine.Layout).
         kv: None to attend within ids (training), or the engine's KV memory, which stores this call's keys and values and
-        attends over everything its rows hold: `kv.attend(layer, q, k, v)`, all (B, T, H, D).
+        attends over everything its rows hold: `kv.attend(layer, q, k, v)`, all (B, T, H, D); `kv.fused`: in compiled blocks.
         """
         T, mask = ids.shape[1], None
         if layout is None:
@@ -765,7 +778,7 @@ class Qwen3(nn.Module):
         cos, sin = rope_tables(position, self.config.head_dim, self.config.rope_theta)
         for i, block in enumerate(self.model["layers"]):
             attend = functools.partial(attention, mask=mask) if kv is None else functools.partial(kv.attend, i)
-            x = block(x, cos, sin, attend)
+            x = (fused_block if kv is not None and kv.fused else Block.__call__)(block, x, cos, sin, attend)
         return self.model["norm"](x)
 
     def logits(self, x):
