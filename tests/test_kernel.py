@@ -1,12 +1,16 @@
 """The decode kernel, FlexAttention and captured steps against the plain paths that they replace.  Without CUDA the kernel runs in Triton's
 interpreter and "captured" steps run eagerly on the same padded buffers; only the capture itself is left to `pytest -m cuda`."""
 
+import functools
+import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ScriptedEngine, no_cuda, random_model, random_prompts, random_script
+from conftest import ROOT, ScriptedEngine, no_cuda, random_model, random_prompts, random_script
 
 import engine as engine_module
 import stage0_model as stage0
@@ -111,7 +115,6 @@ def test_kernel_on_random_layouts_ragged_lengths_and_split_counts(device, seed):
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129])
 def test_kernel_at_the_edges_of_tiles_and_pieces(device, length):
-    rng = np.random.default_rng(0)
     torch.manual_seed(0)
     group, branch = np.zeros((2, 2, 130), dtype=np.int64)
     rows = np.array([length, 1]), np.array([1, 1]), group, branch
@@ -304,3 +307,56 @@ def test_gradients_of_the_two_training_paths_agree(tokenizer, tag_ids, flex, rec
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     dense, packed = gradients
     assert dense.norm() > 1e-3 and (packed - dense).norm() / dense.norm() < 1e-3
+
+
+# ---- what cannot run here, as far as it can be checked ----
+
+COMPILE = """
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, {root!r})
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+import engine
+types = dict(q="*bf16", kv="*bf16", out="*bf16", q_stride="i32", scale="fp32", partial="*fp32", partial_lse="*fp32")
+sizes = dict(H_KV=2, G=4, D=64, BLOCK_D=64, M=16, BLOCK=64, AT_ONCE=16)
+for kernel in (engine.look_at_piece, engine.merge_pieces):
+    signature = {{name: "constexpr" if name in sizes else types.get(name, "*i64") for name in kernel.arg_names}}
+    source = ASTSource(kernel, signature, {{name: sizes[name] for name in kernel.arg_names if name in sizes}})
+    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there():
+    """The interpreter is more lenient than the compiler: it once let a variable change its shape in a loop."""
+    done = subprocess.run([sys.executable, "-c", COMPILE.format(root=str(ROOT))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_all_blocks_and_all_numbers_of_tokens_share_the_compiled_code(tokenizer, monkeypatch):
+    """Blocks around the kernel are traced, not compiled, here.  Twice for one token, twice for any other number: never once per layer."""
+    model, graphs = random_model(len(tokenizer), num_hidden_layers=4), []
+    run = lambda: [r.ids for [r] in Engine(model, tokenizer, kernel=True).generate(prompts, parallel=False, max_new_tokens=3)]  # noqa: E731
+    prompts = random_prompts(random.Random(0), 5)
+    plain = run()
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    traced = functools.cache(lambda function, dynamic=False: torch.compile(function, backend=backend, dynamic=dynamic))
+    monkeypatch.setattr(stage0, "compiled", traced)
+    assert run() == plain and len(graphs) == 2
+    prompts = prompts[:1]
+    run()
+    prompts = prompts * 3
+    run()
+    assert len(graphs) == 4
+
+
+def test_gpu_benchmark_runs_at_miniature_size(tmp_path):
+    small = "--sizes tiny --contexts 40 --branches 2 --branch-length 6 --batch 2 --requests 8 --sft-tokens 512 --repeats 1".split()
+    cases = "--cases sequential branches batch rollout sft".split()
+    subprocess.run([sys.executable, ROOT / "tests/bench_engine.py", "--device", "cpu", "--out", tmp_path, *small, *cases], check=True)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["copy_bytes_per_second"] > 0 and len(found["rows"]) == 8
+    assert all(row["tokens/s"] > 0 and "error" not in row for row in found["rows"])
+    decoded = [row for row in found["rows"] if "bound ms" in row]
+    weights = 4 * 870_000  # fp32
+    assert len(decoded) == 6 and all(weights < row["bytes per step"] < 3 * weights for row in decoded)
