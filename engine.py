@@ -531,26 +531,27 @@ class Replay:
     in place (weights, KV pool).  On a CPU the function is simply run."""
 
     def __init__(self, device):
-        self.device, self.captured, self.pool = device, {}, None
+        self.device, self.buffers, self.captured, self.pool = device, {}, {}, None
 
     def __call__(self, key, function, *inputs, rows=None):
         """function(*inputs) -> one tensor, valid until the next call.  rows: inputs are padded to so many with what is left there."""
-        if key not in self.captured:
-            buffers = [torch.zeros(rows or len(x), *x.shape[1:], dtype=x.dtype, device=self.device) for x in inputs]
-            self.captured[key] = self.capture(function, buffers)
-        buffers, graph, result = self.captured[key]
+        if key not in self.buffers:
+            self.buffers[key] = [torch.zeros(rows or len(x), *x.shape[1:], dtype=x.dtype, device=self.device) for x in inputs]
+        buffers = self.buffers[key]
         for buffer, x in zip(buffers, inputs):  # from pinned memory a copy does not make the host wait
             x = x.pin_memory() if self.device.type == "cuda" and not x.is_cuda else x
             buffer[: len(x)].copy_(x, non_blocking=True)
-        if graph is None:
+        if self.device.type != "cuda":
             return function(*buffers)
+        if key not in self.captured:
+            self.captured[key] = self.capture(function, buffers)
+        graph, result = self.captured[key]
         graph.replay()
         return result
 
     def capture(self, function, buffers):
-        if self.device.type != "cuda":
-            return buffers, None, None
-        stream = torch.cuda.Stream()  # a first run off the record: it compiles kernels and lets libraries take their memory
+        """A first run off the record compiles kernels and lets libraries take their memory; it writes what the replay will write again."""
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function(*buffers)
@@ -559,7 +560,7 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             result = function(*buffers)
-        return buffers, graph, result
+        return graph, result
 
 
 def draw(logits, shaped, u, temperature, top_p, top_k):
@@ -637,6 +638,8 @@ class Engine:
             kv_tokens = max(1024, min(2**18, room // 4 // per_token))
         self.memory = KVMemory(config, kv_tokens, weight.device, weight.dtype)
         self.kernel = weight.is_cuda and triton is not None and config.head_dim <= 128 if kernel is None else kernel
+        if weight.is_cuda and triton is None:
+            print("triton is not installed: decoding without kernel and captured graphs, several times slower; pip install triton")
         self.replay = Replay(weight.device)
         # pieces of work that keep the GPU busy: two programs for each multiprocessor, shared by the key/value heads
         programs = 2 * torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 16
@@ -801,8 +804,10 @@ class Engine:
     def prefill(self, requests, row_of):
         """Feed whole requests into empty rows, padded to one batch."""
         device = self.model.device
+        # with branches FlexAttention is compiled for every length, so let the lengths be few
+        T = bucket(max(len(r.ids) for r in requests)) if uses_flex(device) and any(r.block for r in requests) else 0
         ids, group, branch, position = (
-            pad_rows([getattr(r, name) for r in requests], 0).to(device) for name in ("ids", "group", "branch", "position")
+            pad_rows([getattr(r, name) for r in requests], 0, T).to(device) for name in ("ids", "group", "branch", "position")
         )  # (B, T) each
         lengths = torch.tensor([len(r.ids) for r in requests], device=device)
         self.memory.aim_prefill(torch.tensor([row_of[id(r)] for r in requests], device=device), lengths, group, branch)

@@ -1159,9 +1159,9 @@ def print_inherited(path):
     print(f"init: {path} ({told or 'no args.json: not made by this project'})")
 
 
-def pad_rows(rows, value):
-    """Right-pad integer lists to one tensor: [[1, 2], [3]], 0 -> [[1, 2], [3, 0]].  Causal masks hide the padding."""
-    T = max(len(row) for row in rows)
+def pad_rows(rows, value, length=0):
+    """Right-pad integer lists to one tensor, at least so long: [[1, 2], [3]], 0 -> [[1, 2], [3, 0]].  Causal masks hide the padding."""
+    T = max(length, *map(len, rows))
     return torch.tensor([list(row) + [value] * (T - len(row)) for row in rows])  # (B, T)
 
 

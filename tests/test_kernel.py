@@ -199,8 +199,8 @@ def test_engine_with_kernel_and_replayed_steps_gives_the_same_tokens(device, tok
         assert (r.ids, r.forced, r.finish_reason) == (other.ids, other.forced, other.finish_reason)
         np.testing.assert_allclose(r.logprobs, other.logprobs, atol=1e-5 if device.type == "cpu" else 1e-4)
     # few sizes: the steps of a run share buffers, whose numbers of tokens are powers of two
-    sizes = {key[1] for key in eng.replay.captured}
-    assert all(n & (n - 1) == 0 for n in sizes) and len(eng.replay.captured) < eng.stats.decode_steps / 2
+    sizes = {key[1] for key in eng.replay.buffers}
+    assert all(n & (n - 1) == 0 for n in sizes) and len(eng.replay.buffers) < eng.stats.decode_steps / 2
     assert eng.kv_tokens_in_use == 0
 
 
@@ -209,11 +209,28 @@ def test_what_an_earlier_step_left_in_a_buffer_changes_nothing(tokenizer):
     eng = Engine(model, tokenizer, kernel=True)
     once = eng.generate([[50, 51], [60]], parallel=False, max_new_tokens=4)
     eng.generate(random_prompts(random.Random(0), 7), parallel=False, max_new_tokens=3, seed=5)
-    for buffers, *_ in eng.replay.captured.values():
+    for buffers in eng.replay.buffers.values():
         for buffer in buffers:
             buffer.fill_(1 if buffer.dtype == torch.long else float("nan"))
     again = eng.generate([[50, 51], [60]], parallel=False, max_new_tokens=4)
     assert [(r.ids, r.logprobs) for [r] in once] == [(r.ids, r.logprobs) for [r] in again]
+
+
+def test_the_run_before_a_capture_writes_only_what_the_replay_writes_again(tokenizer):
+    """Run on empty buffers, it would store token 0 in slot 0 of the first row."""
+
+    class Twice(engine_module.Replay):
+        def __call__(self, key, function, *inputs, rows=None):
+            first = key not in self.buffers
+            return super().__call__(key, (lambda *buffers: (function(*buffers), function(*buffers))[1]) if first else function, *inputs, rows=rows)
+
+    model = random_model(len(tokenizer), num_hidden_layers=1)
+    found = []
+    for replay in (engine_module.Replay, Twice):
+        eng = Engine(model, tokenizer, kernel=True)
+        eng.replay = replay(model.device)
+        found.append([(r.ids, r.logprobs) for [r] in eng.generate([[50, 51], [60]], parallel=False, max_new_tokens=4)])
+    assert found[0] == found[1]
 
 
 def test_replay_keys_hold_everything_a_captured_function_bakes_in(tokenizer):
@@ -221,9 +238,9 @@ def test_replay_keys_hold_everything_a_captured_function_bakes_in(tokenizer):
     model = random_model(len(tokenizer), num_hidden_layers=1)
     eng, fresh = (Engine(model, tokenizer, kernel=True) for _ in range(2))
     eng.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=1.0)
-    keys = set(eng.replay.captured)
+    keys = set(eng.replay.buffers)
     drawn = eng.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=0)
-    assert {key[0] for key in set(eng.replay.captured) - keys} == {"draw"}
+    assert {key[0] for key in set(eng.replay.buffers) - keys} == {"draw"}
     assert drawn[0][0].ids == fresh.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=0)[0][0].ids
 
 
