@@ -759,7 +759,7 @@ class Engine:
         fresh = []
         while self.waiting:
             need = len(self.waiting[0].ids)
-            if not self.active and not fresh and need + 32 > memory.capacity:
+            if not self.active and not fresh and need + min(32, self.max_new_tokens) > memory.capacity:
                 capacity = min(budget, need + max(32, need // 2))
                 memory.cut(min(self.max_rows, budget // capacity), capacity)
             if len(self.active) == memory.rows or need > memory.capacity:

@@ -304,8 +304,8 @@ def decode_row(report, size, case, model, tokenizer, prompts, args, branches=0, 
         wholes.append(seconds)
     rollouts = [r for rs in found for r in rs]
     decoded, steps = sum(len(r.ids) - 1 for r in rollouts), engine.stats.decode_steps
-    # mean over the run of the tokens that lie in the rows: prompt, and on average half of the response
-    in_rows = sum(len(p) for p in prompts) * samples + sum(len(r.ids) for r in rollouts) / 2
+    # mean over the steps of the tokens that lie in the rows: of each running request the prompt, and on average half of the response
+    in_rows = sum(r.critical_path * (len(p) + len(r.ids) / 2) for p, rs in zip(prompts, found) for r in rs) / steps
     must_move = weight_bytes(model) + in_rows * engine.memory.bytes_per_token
     decoder = f"engine, {branches} branches" if branches else "engine, sequential"
     return report.decoded(size, case, decoder, decoded, steps, statistics.median(wholes), statistics.median(prefills), must_move, ratio_to)

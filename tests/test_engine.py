@@ -326,6 +326,13 @@ def test_a_request_beyond_the_kv_budget_is_refused_by_name(model, tokenizer):
         Engine(model, tokenizer, kv_tokens=64).generate([list(range(50, 90))], max_new_tokens=30)
 
 
+def test_a_budget_that_holds_every_worst_case_runs_all_at_once(model, plain_tokenizer):
+    """It once did not when fewer than 32 tokens were asked for: the margin for growth cut the rows anew, longer and fewer."""
+    eng = Engine(model, plain_tokenizer, kv_tokens=5 * (30 + 6))
+    rollouts = eng.generate([[50 + i] * 30 for i in range(5)], parallel=False, max_new_tokens=6)
+    assert eng.stats.decode_steps == max(len(r.ids) for [r] in rollouts) - 1
+
+
 def test_parallel_mode_without_tag_tokens_is_refused(model, plain_tokenizer):
     with pytest.raises(stage0.UserError, match="stage 2"):
         Engine(model, plain_tokenizer).generate([[50]], parallel=True)

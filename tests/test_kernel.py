@@ -359,6 +359,25 @@ def test_all_blocks_and_all_numbers_of_tokens_share_the_compiled_code(tokenizer,
     assert len(graphs) == 4
 
 
+def test_flex_attention_is_compiled_once_for_a_length_whatever_the_batch(monkeypatch, flex):
+    """Traced, not compiled, here.  Each batch has a mask function of its own, a closure over its integers: that must not count as new."""
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    traced = functools.cache(lambda function, dynamic=False: torch.compile(function, backend=backend, dynamic=dynamic))
+    monkeypatch.setattr(stage0, "compiled", traced)
+    flex(True)
+    for seed, (T, expected) in enumerate([(256, 2), (256, 2), (320, 4), (256, 4)]):  # a graph for the mask, one for attention
+        torch.manual_seed(seed)
+        group, branch = torch.randint(0, 3, (2, 1, T)).sort().values
+        document = (torch.arange(T)[None] > 100).long()
+        q, k, v = (torch.randn(1, T, heads, 16) for heads in (4, 2, 2))
+        with torch.no_grad():
+            found = stage0.attention(q, k, v, stage0.visibility(group, branch, document))
+            dense = stage0.attention(q, k, v, stage0.visible_mask(group, branch, document)[:, None])
+        torch.testing.assert_close(found, dense, atol=1e-5, rtol=0)
+        assert len(graphs) == expected
+
+
 def test_gpu_benchmark_runs_at_miniature_size(tmp_path):
     small = "--sizes tiny --contexts 40 --branches 2 --branch-length 6 --batch 2 --requests 8 --sft-tokens 512 --repeats 1".split()
     cases = "--cases sequential branches batch rollout sft".split()
@@ -367,5 +386,5 @@ def test_gpu_benchmark_runs_at_miniature_size(tmp_path):
     assert found["copy_bytes_per_second"] > 0 and len(found["rows"]) == 8
     assert all(row["tokens/s"] > 0 and "error" not in row for row in found["rows"])
     decoded = [row for row in found["rows"] if "bound ms" in row]
-    weights = 4 * 870_000  # fp32
+    weights = 4 * 830_000  # fp32
     assert len(decoded) == 6 and all(weights < row["bytes per step"] < 3 * weights for row in decoded)
