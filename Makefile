@@ -1,7 +1,7 @@
 # make         set up, train stages 0-3, print the table (about an hour on 2 cores; CUDA is used when there is one)
 # make test    set up, run the tests            make smoke   every stage and the evaluation at miniature size, a few minutes
 # make smoke-real   the same with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
-# make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-0.6B and 4B on a GPU, in ten minutes)
+# make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
 # make clean   remove what was trained          OUT=out/big  write somewhere else
 # A stage is a file target: a finished one is not run again, a killed one resumes where it left off.
 

@@ -522,7 +522,7 @@ class Stats:
     seconds: float = 0.0
 
 
-MAX_CAPTURED = 512  # tokens of a step: with more of them the GPU is busy for longer than the launches take
+MAX_CAPTURED = 1024  # tokens of a step: with more of them the GPU is busy for longer than the launches take
 
 
 class Replay:
@@ -563,16 +563,21 @@ class Replay:
         return graph, result
 
 
-def draw(logits, shaped, u, temperature, top_p, top_k):
+def draw(logits, u, shaped, temperature, top_p, top_k):
     """One token for each row of logits (M, V) -> (2, M) float64: token ids, and their log-probabilities without temperature and the rest.
 
-    shaped (M, V): the logits after penalties, or the same tensor; u (M,) random numbers in [0, 1); temperature 0: the likeliest token.
+    u (M,): random numbers in [0, 1); shaped (M, V): the logits after penalties, None for the same; temperature 0: the likeliest token.
     """
+    size = max(1, MAX_LOGITS // logits.shape[1])
+    if len(logits) > size:  # 1,024 rows of Qwen3's vocabulary would take 3 GB in here
+        parts = zip(logits.split(size), u.split(size), itertools.repeat(None) if shaped is None else shaped.split(size))
+        return torch.cat([draw(*part, temperature, top_p, top_k) for part in parts], dim=1)
     log_p = logits.float().log_softmax(-1)  # (M, V), of the model itself: what training will see
+    untouched, shaped = shaped is None and temperature == 1.0, logits if shaped is None else shaped
     if temperature == 0:
         token = shaped.argmax(-1)  # (M,)
     else:
-        p = log_p.exp() if temperature == 1.0 and shaped is logits else (shaped.float() / temperature).softmax(-1)  # (M, V)
+        p = log_p.exp() if untouched else (shaped.float() / temperature).softmax(-1)  # (M, V)
         if top_k or top_p < 1:
             ranked, order = p.sort(dim=-1, descending=True)
             cut = ranked.cumsum(-1) - ranked >= top_p  # the smallest set that holds top_p
@@ -878,10 +883,10 @@ class Engine:
         u, how = torch.from_numpy(u), (self.temperature, self.top_p, self.top_k)
         if self.kernel and self.penalty == 1.0 and not self.top_k and self.top_p == 1.0 and M <= MAX_CAPTURED:
             rows = 1 << (M - 1).bit_length()
-            drawn = self.replay(("draw", rows, how), lambda logits, u: draw(logits, logits, u, *how), logits, u, rows=rows)[:, :M]
+            drawn = self.replay(("draw", rows, how), lambda logits, u: draw(logits, u, None, *how), logits, u, rows=rows)[:, :M]
         else:
-            shaped, u = self.penalise(logits) if self.penalty != 1.0 else logits, u.to(logits.device)
-            drawn = draw(logits, shaped, u, *how)
+            shaped = self.penalise(logits) if self.penalty != 1.0 else None
+            drawn = draw(logits, u.to(logits.device), shaped, *how)
         token, logprob = drawn.tolist()  # the one time that the host waits for the GPU
         return [int(t) for t in token], logprob
 

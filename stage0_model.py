@@ -776,9 +776,10 @@ class Qwen3(nn.Module):
             mask = visibility(group, branch, layout.document) if kv is None else None
         x = self.model["embed_tokens"](ids)  # (B, T, C)
         cos, sin = rope_tables(position, self.config.head_dim, self.config.rope_theta)
+        run = fused_block if kv is not None and kv.fused else Block.__call__
         for i, block in enumerate(self.model["layers"]):
             attend = functools.partial(attention, mask=mask) if kv is None else functools.partial(kv.attend, i)
-            x = (fused_block if kv is not None and kv.fused else Block.__call__)(block, x, cos, sin, attend)
+            x = run(block, x, cos, sin, attend)
         return self.model["norm"](x)
 
     def logits(self, x):

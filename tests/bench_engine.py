@@ -2,8 +2,8 @@
 all in one run, interleaved, medians.  Random weights; lengths and trees are scripted, so no training is needed.
 
     python tests/bench_engine.py                     # make bench; add --quick for a first look
-    python tests/bench_engine.py --device cuda       # make bench DEVICE=cuda: Qwen3-0.6B and 4B, section "On a GPU" below; within 10 minutes
-    python tests/bench_engine.py --device cuda --sizes 4B --cases sequential branches     # some of it
+    python tests/bench_engine.py --device cuda       # make bench DEVICE=cuda: Qwen3-4B and 0.6B, section "On a GPU" below; within 10 minutes
+    python tests/bench_engine.py --device cuda --sizes 0.6B --cases sequential branches   # some of it: what time did not allow
 
 Every side samples at temperature 1.  `uneven` lengths are drawn from 16..256 with a mean of 88: a batch of `generate` runs until its
 longest row ends, an engine refills or shrinks.  Time to answer is the wall clock of the whole call, prefill included.
@@ -20,6 +20,7 @@ What the profile said, tiny model (2 cores, torch 2.13; cProfile and torch.profi
 
 import argparse
 import copy
+import gc
 import json
 import logging
 import os
@@ -53,7 +54,7 @@ SIZES = {
     "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128),
 }
 VOCABULARY = {"tiny": 400, "25M": 4096, "0.6B": 151_936, "4B": 151_936}
-CASES = ("sequential", "branches", "batch", "rollout", "generate", "sft")  # on a GPU
+CASES = ("sequential", "branches", "batch", "generate", "rollout", "sft")  # on a GPU; the last one fills its memory
 
 
 class BenchEngine(Engine):
@@ -287,7 +288,7 @@ def weight_bytes(model):
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def decode_row(report, size, case, model, tokenizer, prompts, args, branches=0, lengths=(), samples=1, ratio_to=None):
+def decode_row(report, size, case, model, tokenizer, prompts, args, branches=0, lengths=(), samples=1, ratio_to=None, repeats=None):
     """Decode so many samples of the prompts, in branches or sequentially to the lengths given, and report it."""
     device, rows = model.device, min(256, len(prompts) * samples)
     budget = max(lengths, default=40 + branches * (args.branch_length + 20))
@@ -297,7 +298,7 @@ def decode_row(report, size, case, model, tokenizer, prompts, args, branches=0, 
     generate = lambda limit: engine.generate(prompts, n=samples, parallel=branches > 0, max_new_tokens=limit)  # noqa: E731
     generate(budget)  # compiles kernels and captures the graphs of every size that comes up
     wholes, prefills = [], []
-    for _ in range(args.repeats):
+    for _ in range(repeats or args.repeats):
         prefills.append(timed(lambda: generate(1), device)[0])
         engine.stats.decode_steps = 0
         seconds, found = timed(lambda: generate(budget), device)
@@ -343,15 +344,15 @@ def rollout_cases(report, size, model, tokenizer, args, device):
     prompts = [random_ids(rng, 200) for _ in range(args.requests // 8)]
     lengths = (args.branch_length * (0.2 + 3.8 * rng.beta(0.8, 2.0, 8 * len(prompts)))).astype(int).tolist()
     if not report.out_of_time(case):
-        decode_row(report, size, case, model, tokenizer, prompts, args, lengths=lengths, samples=8)
-        decode_row(report, size, case, model, tokenizer, prompts, args, branches=4, samples=8)
+        decode_row(report, size, case, model, tokenizer, prompts, args, lengths=lengths, samples=8, repeats=1)
+        decode_row(report, size, case, model, tokenizer, prompts, args, branches=4, samples=8, repeats=1)
 
 
 def generate_cases(report, size, model, tokenizer, args, device):
     """transformers: the dynamic cache, and the static one, whose forward it compiles."""
     hf = Qwen3ForCausalLM(HFConfig(**SIZES[size], vocab_size=VOCABULARY[size], tie_word_embeddings=True))
     hf = hf.to(device, model_dtype(device)).eval()
-    rng, n = np.random.default_rng(0), args.branch_length
+    rng, n = np.random.default_rng(0), min(128, args.branch_length)
     for cache in ("dynamic", "static"):
         for context in args.contexts[:1] if cache == "static" else args.contexts:
             ids, case = torch.tensor([random_ids(rng, context)], device=device), f"batch 1, context {context}"
@@ -434,7 +435,7 @@ def on_a_gpu(args, tokenizer, device):
     report = Report(out, copy_bandwidth(device), device, time.monotonic() + args.seconds)
     report.print(dict(zip(report.COLUMNS, report.COLUMNS)))
     cases = {
-        "sequential": batch_1_cases, "branches": batch_1_cases, "batch": batch_32_cases, "rollout": rollout_cases, "generate": generate_cases,
+        "sequential": batch_1_cases, "branches": batch_1_cases, "batch": batch_32_cases, "generate": generate_cases, "rollout": rollout_cases,
         "sft": sft_cases,
     }  # fmt: skip
     for size in args.sizes:
@@ -446,14 +447,15 @@ def on_a_gpu(args, tokenizer, device):
         for run in dict.fromkeys(cases[case] for case in args.cases):
             run(report, size, model, tokenizer, args, device)
         del model
+        gc.collect()  # gradient hooks and recomputed blocks hold on to each other
     report.table()
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--repeats", type=int, default=5, help="timed runs of each side, after a warm-up; the median counts")
+    p.add_argument("--repeats", type=int, help="timed runs of each side, after a warm-up, of which the median counts; default 5, on a GPU 3")
     p.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256], help="requests at once")
-    p.add_argument("--sizes", nargs="+", choices=SIZES, help="models; default tiny and 25M, on a GPU 0.6B and 4B")
+    p.add_argument("--sizes", nargs="+", choices=SIZES, help="models; default tiny and 25M, on a GPU 4B and 0.6B")
     p.add_argument("--quick", action="store_true", help="the tiny model, batches 1 and 64, three repeats")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     gpu = p.add_argument_group("on a GPU")
@@ -464,14 +466,15 @@ def main():
     gpu.add_argument("--batch", type=int, default=32, help="requests of the batch case")
     gpu.add_argument("--requests", type=int, default=256, help="requests of the rollout case")
     gpu.add_argument("--sft-tokens", type=int, nargs="+", default=[8192, 32_768], help="tokens of an SFT update")
-    gpu.add_argument("--seconds", type=float, default=520, help="start no case after this long")
+    gpu.add_argument("--seconds", type=float, default=480, help="start no case after this long")
     gpu.add_argument("--out", default="", help="folder for bench.json; default $OUT, or out")
     args = p.parse_args()
     if args.quick:
         args.repeats, args.batches, args.sizes = 3, [1, 64], ["tiny"]
     device = pick_device(args.device)
     args.cases = args.cases or (CASES if device.type == "cuda" and not args.quick else ())
-    args.sizes = args.sizes or (["0.6B", "4B"] if args.cases else ["tiny", "25M"])
+    args.sizes = args.sizes or (["4B", "0.6B"] if args.cases else ["tiny", "25M"])
+    args.repeats = args.repeats or (3 if args.cases else 5)
     print(f"transformers {transformers.__version__}, Python {sys.version.split()[0]}, medians of {args.repeats}\n")
 
     rng = random.Random(0)

@@ -225,6 +225,16 @@ def test_a_function_to_capture_is_first_run_on_the_real_inputs(device):
     assert slots.tolist() == [0, 0, 1, 1, 0]
 
 
+def test_drawing_in_chunks_changes_nothing(device, monkeypatch):
+    torch.manual_seed(0)
+    logits, shaped, u = torch.randn(20, 50, device=device), torch.randn(20, 50, device=device), torch.rand(20, device=device)
+    cases = [(other, *how) for other in (None, shaped) for how in ((1.0, 1.0, 0), (0.7, 0.9, 5), (0, 1.0, 0))]
+    whole = [engine_module.draw(logits, u, *case) for case in cases]
+    monkeypatch.setattr(engine_module, "MAX_LOGITS", 7 * 50)
+    for case, expected in zip(cases, whole):
+        assert torch.equal(engine_module.draw(logits, u, *case), expected)
+
+
 def test_replay_keys_hold_everything_a_captured_function_bakes_in(tokenizer):
     """A graph knows only the sampling it was captured with: other temperatures need other graphs."""
     model = random_model(len(tokenizer), num_hidden_layers=1)
