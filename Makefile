@@ -1,7 +1,7 @@
 # make         set up, train stages 0-3, print the table (about an hour on 2 cores; CUDA is used when there is one)
 # make test    set up, run the tests            make smoke   every stage and the evaluation at miniature size, a few minutes
 # make smoke-real   the same with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
-# make bench   the engine against transformers' generate (DEVICE=cuda: on a GPU)
+# make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
 # make seeds   stages 1-3 twice more from the same base           make twins   SR-BETA and SR, the sequential twins, and `hard`
 # make ablations   PAPO minus each of its ingredients              make curves  assets/curves.png, from what the stages logged
 # make clean   remove what was trained          OUT=out/big  write somewhere else

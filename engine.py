@@ -18,6 +18,7 @@ A token sees what came before it, except its siblings: tokens of the same group 
 import argparse
 import hashlib
 import itertools
+import math
 import os
 import re
 import shutil
@@ -33,7 +34,15 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from stage0_model import FORMAT_PROMPT, UserError, load, pad_rows, pick_device, prompt_ids, run_main, visible_mask
+from stage0_model import (
+    FORMAT_PROMPT, UserError, attention, bucket, load, pad_rows, pick_device, prompt_ids, run_main, uses_flex, visibility, visible_mask,
+)  # fmt: skip
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # comes with torch for CUDA, the only place where it is needed
+    triton = None
 
 # ======================================================================================================================
 # 1. The layout
@@ -72,6 +81,8 @@ class Layout:
     group: np.ndarray
     branch: np.ndarray
     position: np.ndarray
+    lengths: torch.Tensor | None = None  # of a padded batch: tokens of every row, (B,)
+    document: torch.Tensor | None = None  # of sequences packed into one row: which of them each token belongs to, (1, N)
 
     def __len__(self):
         return len(self.group)
@@ -179,7 +190,22 @@ def batches(sequences, max_tokens, device="cpu", pad=0, share=(0, 1)):
                 integers[0, b, P : P + n] = torch.as_tensor(s.layout.group)
                 integers[1, b, P : P + n] = torch.as_tensor(s.layout.branch)
                 integers[2, b, P : P + n] = P + torch.as_tensor(s.layout.position)
-        yield rows, ids.to(device), Layout(*integers.to(device)), mask.to(device)
+        lengths = torch.tensor([len(s.prompt) + len(s.ids) for s in chosen], device=device)
+        yield rows, ids.to(device), Layout(*integers.to(device), lengths), mask.to(device)
+
+
+def pack(ids, layout):
+    """Take the padding out of a batch: (ids (1, N), layout (1, N), place (n,)), the n tokens of its rows one after another and where in the
+    B * T each came from.  N is a `bucket`; what it has too many are copies of token 0 in a document of their own.
+
+    ids [[5 6 7] [8 0 0]], lengths [3 1] -> ids [[5 6 7 8 5 5 ..]], document [[0 0 0 1 -1 -1 ..]], place [0 1 2 3]
+    """
+    real = torch.arange(ids.shape[1], device=ids.device) < layout.lengths[:, None]  # (B, T)
+    place = real.flatten().nonzero()[:, 0]  # (n,)
+    idle = (0, bucket(len(place)) - len(place))
+    taken, document = F.pad(place, idle), F.pad(place // ids.shape[1], idle, value=-1)  # (N,) each
+    ids, *integers = (x.flatten()[taken][None] for x in (ids, layout.group, layout.branch, layout.position))
+    return ids, Layout(*integers, document=document[None]), place
 
 
 MAX_LOGITS = 2**25  # largest number of logits that exists at a time: 128 MB in fp32
@@ -198,7 +224,12 @@ def token_logprobs(model, ids, layout=None):
             entropy = -(log_p.exp() * log_p).sum(-1)  # (M,)
         return log_p.gather(-1, target[:, None])[:, 0], entropy
 
-    x, target = model.hidden(ids, layout).flatten(0, 1), ids.roll(-1, 1).flatten()  # (B*T, C), (B*T,)
+    target, place = ids.roll(-1, 1).flatten(), None  # (B*T,)
+    if layout is not None and layout.lengths is not None and uses_flex(ids.device):
+        packed, layout, place = pack(ids, layout)
+        x, target = model.hidden(packed, layout)[0, : len(place)], target[place]  # (n, C), (n,)
+    else:
+        x = model.hidden(ids, layout).flatten(0, 1)  # (B*T, C)
     # with Qwen3's 151,936 words the logits of 16k tokens would take 10 GB, and their softmax as much again; so only one chunk of them
     # exists at a time, and backward computes it anew
     size = max(1, MAX_LOGITS // model.config.vocab_size)
@@ -206,8 +237,10 @@ def token_logprobs(model, ids, layout=None):
         parts = [checkpoint(score, a, b, use_reentrant=False) for a, b in zip(x.split(size), target.split(size))]
     else:
         parts = [score(a, b) for a, b in zip(x.split(size), target.split(size))]
-    chosen, entropy = (torch.cat(part).view(ids.shape)[:, :-1] for part in zip(*parts))  # (B, T-1)
-    return F.pad(chosen, (1, 0)), F.pad(entropy, (1, 0))
+    chosen, entropy = (torch.cat(part) for part in zip(*parts))  # as long as target
+    if place is not None:
+        chosen, entropy = (y.new_zeros(ids.numel()).index_copy(0, place, y) for y in (chosen, entropy))  # (B*T,)
+    return tuple(F.pad(y.view(ids.shape)[:, :-1], (1, 0)) for y in (chosen, entropy))
 
 
 # ======================================================================================================================
@@ -224,6 +257,139 @@ def token_logprobs(model, ids, layout=None):
 #     position   12 | 13  14  15  13  14  15 | 16  16 | 17  17 | 18  19
 
 
+# ---- on CUDA: one kernel reads a row's keys and values once for all branches and heads ----
+# A *tile* is up to M query rows of one KV row: its new tokens times the query heads that share a key/value head.  The slots a tile looks at
+# are cut into *pieces*, of about one length over all rows, so that one long row fills the GPU as well as many short ones.  Each program
+# takes one piece of one key/value head; what the pieces of a tile found is merged by the log-sum-exp of their scores.  The launch depends on
+# the number of tokens and pieces alone: what is in them, lengths too, is read on the GPU, so one captured graph serves every step.
+
+PIECE_SLOTS = 64  # pieces are multiples of so many slots
+
+
+def ragged(counts):
+    """Row and column of every item of a ragged list: [2 1] -> [0 0 1], [0 1 0]."""
+    row = np.repeat(np.arange(len(counts)), counts)
+    return row, np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
+
+
+def cut_pieces(start, length, count, most, target, block=PIECE_SLOTS):
+    """Cut what a decode step has to look at into pieces.  All arrays (R,), int64.
+
+    start, length: a row's first slot, and how many of its slots are in use; count: its new tokens, in tiles of at most `most`; target: how
+    many pieces the slots of all rows together should give (each tile's last piece comes on top).
+    Returns pieces (W, 5): start, begin, end, first token, tokens; and of_token (2, N): a token's first piece, and number of pieces.
+
+    start [0 9], length [5 3], count [2 1], most 8, target 2, block 4 ->
+    pieces [[0 0 4 0 2] [0 4 5 0 2] [9 0 3 2 1]], of_token [[0 0 2] [2 2 1]]
+    """
+    row, tile = ragged(-(-count // most))
+    first, tokens = (np.cumsum(count) - count)[row] + tile * most, np.minimum(most, count[row] - tile * most)  # of each tile
+    size = -(-length[row].sum() // (target * block)) * block
+    cuts = -(-length[row] // size)  # pieces of each tile
+    tile, cut = ragged(cuts)
+    end = np.minimum((cut + 1) * size, length[row][tile])
+    pieces = np.stack([start[row][tile], cut * size, end, first[tile], tokens[tile]], axis=1)
+    return pieces, np.repeat([np.cumsum(cuts) - cuts, cuts], tokens, axis=1)
+
+
+if triton is not None:
+
+    @triton.jit
+    def look_at_piece(
+        q, q_stride, kv, slot, group, branch, slot_group, slot_branch, pieces, partial, partial_lse, scale,
+        H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Softmax attention of one tile's queries over one piece of one key/value head, and the log-sum-exp (base 2) of its scores."""
+        piece, head = tl.program_id(0), tl.program_id(1)
+        start, begin, end = tl.load(pieces + 5 * piece), tl.load(pieces + 5 * piece + 1), tl.load(pieces + 5 * piece + 2)
+        first, tokens = tl.load(pieces + 5 * piece + 3), tl.load(pieces + 5 * piece + 4)
+        if tokens == 0:  # a captured graph launches as many programs as it may ever need
+            return
+        m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
+        token, real, wide = first + m // G, m // G < tokens, d < D  # query row m is head m % G of the group, of token m // G
+        heads = q + token[:, None] * q_stride + (head * G + m % G)[:, None] * D
+        queries = tl.load(heads + d[None], mask=real[:, None] & wide[None], other=0.0)  # (M, D)
+        q_slot = tl.load(slot + token, mask=real, other=-1)[:, None]  # (M, 1)
+        q_group = tl.load(group + token, mask=real, other=0)[:, None]
+        q_branch = tl.load(branch + token, mask=real, other=0)[:, None]
+        best = tl.full((M,), float("-inf"), tl.float32)  # largest score so far
+        total = tl.zeros((M,), tl.float32)  # sum of 2^(score - best)
+        found = tl.zeros((M, BLOCK_D), tl.float32)  # sum of 2^(score - best) value
+        for n0 in range(begin, end, BLOCK):
+            n = n0 + tl.arange(0, BLOCK)
+            inside = n < end
+            at = (start + n).to(tl.int64)  # a pool may have more than 2^31 numbers
+            rows = kv + (at * (2 * H_KV) + head)[:, None] * D + d[None]
+            keys = tl.load(rows, mask=inside[:, None] & wide[None], other=0.0)  # (BLOCK, D)
+            values = tl.load(rows + H_KV * D, mask=inside[:, None] & wide[None], other=0.0)
+            k_group = tl.load(slot_group + at, mask=inside, other=0)[None]  # (1, BLOCK)
+            k_branch = tl.load(slot_branch + at, mask=inside, other=0)[None]
+            sibling = (q_group == k_group) & (q_group != 0) & (q_branch != k_branch)
+            score = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale  # (M, BLOCK)
+            score = tl.where((n[None] <= q_slot) & inside[None] & (sibling == 0), score, float("-inf"))
+            new = tl.maximum(best, tl.max(score, 1))
+            base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weights of 0, not of -inf + inf
+            weight, shrink = tl.exp2(score - base[:, None]), tl.exp2(best - base)
+            total = total * shrink + tl.sum(weight, 1)
+            found = found * shrink[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+            best = new
+        to = (piece * H_KV + head).to(tl.int64) * M + m
+        seen = tl.where(total > 0, total, 1.0)
+        tl.store(partial + to[:, None] * D + d[None], found / seen[:, None], mask=real[:, None] & wide[None])
+        tl.store(partial_lse + to, best + tl.log2(seen), mask=real)  # -inf where nothing was seen
+
+    @triton.jit
+    def merge_pieces(
+        partial, partial_lse, pieces, first_piece, num_pieces, out,
+        H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, AT_ONCE: tl.constexpr,
+    ):  # fmt: skip
+        """Average the pieces of one token and query head, weighted by 2^lse."""
+        token, head = tl.program_id(0), tl.program_id(1)
+        p0, count = tl.load(first_piece + token), tl.load(num_pieces + token)
+        if count == 0:
+            return
+        m = (token - tl.load(pieces + 5 * p0 + 3)) * G + head % G  # the query row of its tile
+        d = tl.arange(0, BLOCK_D)
+        best = tl.full((AT_ONCE,), float("-inf"), tl.float32)
+        total = tl.zeros((AT_ONCE,), tl.float32)
+        found = tl.zeros((AT_ONCE, BLOCK_D), tl.float32)
+        for i in range(0, count, AT_ONCE):
+            p = i + tl.arange(0, AT_ONCE)
+            at = ((p0 + p) * H_KV + head // G).to(tl.int64) * M + m
+            lse = tl.load(partial_lse + at, mask=p < count, other=float("-inf"))
+            piece = tl.load(partial + at[:, None] * D + d[None], mask=(p < count)[:, None] & (d < D)[None], other=0.0)
+            new = tl.maximum(best, lse)
+            base = tl.where(new == float("-inf"), 0.0, new)
+            weight, shrink = tl.exp2(lse - base), tl.exp2(best - base)
+            total = total * shrink + weight
+            found = found * shrink[:, None] + weight[:, None] * piece
+            best = new
+        base = tl.max(best, 0)
+        weight = tl.exp2(best - tl.where(base == float("-inf"), 0.0, base))
+        total, found = tl.sum(weight * total, 0), tl.sum(weight[:, None] * found, 0)
+        result = found / tl.where(total > 0, total, 1.0)  # a query that saw nothing gets zeros
+        tl.store(out + (token * H_KV * G + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+def attend_pieces(q, kv, slot, group, branch, slot_group, slot_branch, pieces, first_piece, num_pieces, M):
+    """Attention of new tokens over their KV rows, cut by `cut_pieces` with most = M // G.
+
+    q (N, H, D); kv (slots, 2 H_kv, D), keys and values of one layer; slot, group, branch (N,): each token's place in its row, and its
+    integers; slot_group, slot_branch (slots,); pieces (W, 5), a piece of 0 tokens is idle; first_piece, num_pieces (N,), a token of 0 pieces
+    is idle and its result undefined; M query rows of a tile.  Returns (N, H, D).
+    """
+    (N, H, D), W, H_kv = q.shape, len(pieces), kv.shape[1] // 2
+    partial = torch.empty(W, H_kv, M, D, device=q.device, dtype=torch.float32)
+    partial_lse, out = torch.empty(W, H_kv, M, device=q.device, dtype=torch.float32), torch.empty(N, H, D, device=q.device, dtype=q.dtype)
+    sizes = dict(H_KV=H_kv, G=H // H_kv, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), M=M)
+    look_at_piece[W, H_kv](
+        q, q.stride(0), kv, slot, group, branch, slot_group, slot_branch, pieces, partial, partial_lse, D**-0.5 * math.log2(math.e), **sizes,
+        BLOCK=64 if q.element_size() == 2 else 32, num_warps=4 if M < 128 else 8, num_stages=2,
+    )  # fmt: skip
+    merge_pieces[N, H](partial, partial_lse, pieces, first_piece, num_pieces, out, **sizes, AT_ONCE=16)
+    return out
+
+
 class KVMemory:
     """A fixed pool of kv_tokens slots, cut into rows of equal capacity; the cut moves when a row needs more.
 
@@ -235,13 +401,14 @@ class KVMemory:
     def __init__(self, config, kv_tokens, device, dtype):
         self.config, self.kv_tokens = config, kv_tokens
         # A slot holds one token's keys and values of all heads, so that storing a token is one copy.  Zeros, not empty: a
-        # masked slot has weight 0, and 0 * NaN garbage would still be NaN.
+        # masked slot has weight 0, and 0 * NaN garbage would still be NaN.  One slot more than the budget: idle tokens of a
+        # captured graph are stored there.
         self.pool = torch.zeros(
-            config.num_hidden_layers, kv_tokens, 2 * config.num_key_value_heads, config.head_dim, device=device, dtype=dtype
+            config.num_hidden_layers, kv_tokens + 1, 2 * config.num_key_value_heads, config.head_dim, device=device, dtype=dtype
         )  # (layers, slots, 2 H_kv, D)
-        self.group, self.branch = torch.zeros(2, kv_tokens, device=device, dtype=torch.long)  # of the token in each slot
+        self.group, self.branch = torch.zeros(2, kv_tokens + 1, device=device, dtype=torch.long)  # of the token in each slot
         self.bytes_per_token = self.pool[:, 0].numel() * self.pool.element_size()
-        self.moved_bytes = 0
+        self.moved_bytes, self.fused = 0, False
         self.cut(0, 0)
 
     def cut(self, rows, capacity):
@@ -267,13 +434,20 @@ class KVMemory:
         self.chosen = (column < lengths[:, None]).flatten().nonzero()[:, 0]  # (N,) of the B * T, the padding left out
         self.index = (row[:, None] * self.capacity + column).flatten()[self.chosen]  # (N,) slots
         self.group[self.index], self.branch[self.index] = group.flatten()[self.chosen], branch.flatten()[self.chosen]
-        self.mask = visible_mask(group, branch)[:, None] if bool(group.any()) else None
+        self.mask, self.fused = visibility(group, branch), False
+
+    def aim_pieces(self, index, slot, group, branch, pieces, first_piece, num_pieces, M):
+        """The coming forward adds N packed tokens to running rows, and the kernel looks at the rows.  index (N,): a token's slot in the pool;
+        the rest as in `attend_pieces`."""
+        self.index, self.chosen, self.fused = index, None, True
+        self.group[index], self.branch[index] = group, branch
+        self.plan = slot, group, branch, self.group, self.branch, pieces, first_piece, num_pieces, M
 
     def aim_decode(self, row, slot, col, group, branch, shape, no_mask):
-        """The coming forward adds N packed tokens to running rows.  All (N,): a token's row, its slot there, its place among the row's
+        """The same without a kernel: one (R, Q) batch and a mask.  All (N,): a token's row, its slot there, its place among the row's
         new tokens, and its integers.  shape (R, Q, S): rows, most new tokens of one row, and the longest row after this call.
         no_mask: every row feeds one trunk token into slot S - 1, which sees all there is."""
-        (R, Q, S), self.chosen = shape, None
+        (R, Q, S), self.chosen, self.plan = shape, None, None
         self.index = row * self.capacity + slot
         self.group[self.index], self.branch[self.index] = group, branch
         self.place = None if len(row) == R * Q else row * Q + col  # rows that feed fewer tokens are padded with idle queries
@@ -298,9 +472,9 @@ class KVMemory:
         new = torch.cat([k, v], dim=2).flatten(0, 1)  # (B*T, 2 H_kv, D)
         self.pool[layer].index_copy_(0, self.index, new if self.chosen is None else new[self.chosen])
         if self.chosen is not None:  # prefill: nothing earlier lies in these rows, so attention stays within the call
-            repeat = q.shape[2] // k.shape[2]
-            q, k, v = q.transpose(1, 2), *(x.repeat_interleave(repeat, dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, D)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None).transpose(1, 2)
+            return attention(q, k, v, self.mask)
+        if self.plan is not None:
+            return attend_pieces(q[0], self.pool[layer], *self.plan)[None]
         (R, Q, H_kv, G), (_, _, H, D) = self.shape, q.shape
         if self.place is not None:
             q = q.new_zeros(R * Q, H, D).index_copy_(0, self.place, q[0])
@@ -348,6 +522,74 @@ class Stats:
     seconds: float = 0.0
 
 
+MAX_CAPTURED = 1024  # tokens of a step: with more of them the GPU is busy for longer than the launches take
+
+
+class Replay:
+    """Runs functions on buffers that stay where they are, so that on CUDA each is captured as a graph once per key and then replayed: one
+    launch instead of a thousand.  What a function computes must not depend on anything but the key, the buffers, and memory that is changed
+    in place (weights, KV pool).  On a CPU the function is simply run."""
+
+    def __init__(self, device):
+        self.device, self.buffers, self.captured, self.pool = device, {}, {}, None
+
+    def __call__(self, key, function, *inputs, rows=None):
+        """function(*inputs) -> one tensor, valid until the next call.  rows: inputs are padded to so many with what is left there."""
+        if key not in self.buffers:
+            self.buffers[key] = [torch.zeros(rows or len(x), *x.shape[1:], dtype=x.dtype, device=self.device) for x in inputs]
+        buffers = self.buffers[key]
+        for buffer, x in zip(buffers, inputs):  # from pinned memory a copy does not make the host wait
+            x = x.pin_memory() if self.device.type == "cuda" and not x.is_cuda else x
+            buffer[: len(x)].copy_(x, non_blocking=True)
+        if self.device.type != "cuda":
+            return function(*buffers)
+        if key not in self.captured:
+            self.captured[key] = self.capture(function, buffers)
+        graph, result = self.captured[key]
+        graph.replay()
+        return result
+
+    def capture(self, function, buffers):
+        """A first run off the record compiles kernels and lets libraries take their memory; it writes what the replay will write again."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*buffers)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()  # graphs run one after another: they can share their memory
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = function(*buffers)
+        return graph, result
+
+
+def draw(logits, u, shaped, temperature, top_p, top_k):
+    """One token for each row of logits (M, V) -> (2, M) float64: token ids, and their log-probabilities without temperature and the rest.
+
+    u (M,): random numbers in [0, 1); shaped (M, V): the logits after penalties, None for the same; temperature 0: the likeliest token.
+    """
+    size = max(1, MAX_LOGITS // logits.shape[1])
+    if len(logits) > size:  # 1,024 rows of Qwen3's vocabulary would take 3 GB in here
+        parts = zip(logits.split(size), u.split(size), itertools.repeat(None) if shaped is None else shaped.split(size))
+        return torch.cat([draw(*part, temperature, top_p, top_k) for part in parts], dim=1)
+    log_p = logits.float().log_softmax(-1)  # (M, V), of the model itself: what training will see
+    untouched, shaped = shaped is None and temperature == 1.0, logits if shaped is None else shaped
+    if temperature == 0:
+        token = shaped.argmax(-1)  # (M,)
+    else:
+        p = log_p.exp() if untouched else (shaped.float() / temperature).softmax(-1)  # (M, V)
+        if top_k or top_p < 1:
+            ranked, order = p.sort(dim=-1, descending=True)
+            cut = ranked.cumsum(-1) - ranked >= top_p  # the smallest set that holds top_p
+            if top_k:
+                cut[:, top_k:] = True
+            p = torch.zeros_like(p).scatter_(-1, order, ranked.masked_fill(cut, 0.0))
+        # inverse CDF with the request's own random numbers: which neighbours share the batch cannot matter
+        cdf = p.double().cumsum(-1)  # (M, V)
+        token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)[:, 0].clamp_(max=p.shape[-1] - 1)
+    return torch.stack([token.double(), log_p.gather(-1, token[:, None])[:, 0].double()])
+
+
 @dataclass
 class Request:
     """A running response.  Token lists are in order of arrival and begin with the prompt; the first `fed` are in the KV row.
@@ -388,10 +630,10 @@ class Engine:
     """Decode many requests at once, sequentially or in parallel branches, within a fixed KV budget.
 
     kv_tokens: slots in the KV pool; default a quarter of the memory (free CUDA memory, or RAM), at most 2^18 slots.
-    max_rows: most requests decoded together.
+    max_rows: most requests decoded together.  kernel: decode with the kernel and captured graphs; default wherever they run, on CUDA.
     """
 
-    def __init__(self, model, tokenizer, kv_tokens=None, max_rows=256):
+    def __init__(self, model, tokenizer, kv_tokens=None, max_rows=256, kernel=None):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         config, weight = model.config, model.model["embed_tokens"].weight
         if kv_tokens is None:
@@ -400,6 +642,13 @@ class Engine:
             room = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else ram
             kv_tokens = max(1024, min(2**18, room // 4 // per_token))
         self.memory = KVMemory(config, kv_tokens, weight.device, weight.dtype)
+        self.kernel = weight.is_cuda and triton is not None and config.head_dim <= 128 if kernel is None else kernel
+        if weight.is_cuda and triton is None:
+            print("triton is not installed: decoding without kernel and captured graphs, several times slower; pip install triton")
+        self.replay = Replay(weight.device)
+        # pieces of work that keep the GPU busy: two programs for each multiprocessor, shared by the key/value heads
+        programs = 2 * torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 16
+        self.pieces = max(1, programs // config.num_key_value_heads)
         eos = config.eos_token_id
         self.end_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
         self.stats = Stats()
@@ -474,6 +723,7 @@ class Engine:
         """One decode step of every running request: schedule, run, postprocess.  Returns how many finished."""
         fresh = self.schedule()
         logits = self.run(fresh)  # (heads of all active requests, V)
+        self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, self.kv_tokens_in_use)
         tokens, logprobs = self.sample(logits)
         i, done = 0, 0
         for request in self.active:
@@ -514,7 +764,7 @@ class Engine:
         fresh = []
         while self.waiting:
             need = len(self.waiting[0].ids)
-            if not self.active and not fresh and need + 32 > memory.capacity:
+            if not self.active and not fresh and need + min(32, self.max_new_tokens) > memory.capacity:
                 capacity = min(budget, need + max(32, need // 2))
                 memory.cut(min(self.max_rows, budget // capacity), capacity)
             if len(self.active) == memory.rows or need > memory.capacity:
@@ -528,8 +778,10 @@ class Engine:
 
     def run(self, fresh):
         """Feed every token that is not in the KV rows yet; logits (M, V) of all heads, in the order of `active`."""
+        if not fresh:  # the usual step: every request is running
+            return self.decode(range(len(self.active)))
         row_of = {id(r): row for row, r in enumerate(self.active)}
-        settled = {tuple(r.ids[: r.prompt_len]): r for r in self.active if r.fed} if fresh else {}
+        settled = {tuple(r.ids[: r.prompt_len]): r for r in self.active if r.fed}
         logits = {}
         leaders, followers = [], []
         for request in fresh:  # one prefill for all samples of a prompt
@@ -548,17 +800,19 @@ class Engine:
             request.fed = request.prompt_len - 1
             self.memory.move(row_of[id(source)] * self.memory.capacity, row_of[id(request)] * self.memory.capacity, request.fed)
             self.stats.shared_prompt_tokens += request.fed
-        feeding = [r for r in self.active if len(r.ids) > r.fed]
+        feeding = [row for row, r in enumerate(self.active) if len(r.ids) > r.fed]
         if feeding:
-            logits |= self.decode(feeding, row_of)
-        self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, self.kv_tokens_in_use)
+            parts = self.decode(feeding).split([len(self.active[row].heads) for row in feeding])
+            logits |= {id(self.active[row]): part for row, part in zip(feeding, parts)}
         return torch.cat([logits[id(r)] for r in self.active])
 
     def prefill(self, requests, row_of):
         """Feed whole requests into empty rows, padded to one batch."""
         device = self.model.device
+        # with branches FlexAttention is compiled for every length, so let the lengths be few
+        T = bucket(max(len(r.ids) for r in requests)) if uses_flex(device) and any(r.block for r in requests) else 0
         ids, group, branch, position = (
-            pad_rows([getattr(r, name) for r in requests], 0).to(device) for name in ("ids", "group", "branch", "position")
+            pad_rows([getattr(r, name) for r in requests], 0, T).to(device) for name in ("ids", "group", "branch", "position")
         )  # (B, T) each
         lengths = torch.tensor([len(r.ids) for r in requests], device=device)
         self.memory.aim_prefill(torch.tensor([row_of[id(r)] for r in requests], device=device), lengths, group, branch)
@@ -571,61 +825,82 @@ class Engine:
             self.stats.prefill_tokens += r.fed
         return {id(r): part for r, part in zip(requests, parts)}
 
-    def decode(self, requests, row_of):
-        """Feed the new tokens of running rows: packed for the matrices, by row for the attention."""
-        device = self.model.device
-        count = np.array([len(r.ids) - r.fed for r in requests])
-        first = np.cumsum(count) - count  # index of each request's first token among the N
-        N = count.sum()
-        col = np.arange(N) - np.repeat(first, count)
-        row = np.repeat([row_of[id(r)] for r in requests], count)
-        slot = np.repeat([r.fed for r in requests], count) + col
-        head = [f + h - r.fed for f, r in zip(first, requests) for h in r.heads]
+    def decode(self, rows):
+        """Feed the new tokens of these rows; logits (M, V) of their heads.  Packed for the matrices, by row for the attention."""
+        requests, rows = [self.active[row] for row in rows], np.array(rows)  # (R,)
+        fed = np.array([r.fed for r in requests])
+        count = np.array([len(r.ids) for r in requests]) - fed  # new tokens of each row
+        of, col = ragged(count)  # (N,) each
+        row, slot = rows[of], fed[of] + col
+        first = np.cumsum(count) - count  # index of each row's first token among the N
+        head = [f + h - r.fed for f, r in zip(first.tolist(), requests) for h in r.heads]
         packed = [[x for r in requests for x in getattr(r, name)[r.fed :]] for name in ("ids", "group", "branch", "position")]
-        shape = row.max() + 1, count.max(), slot.max() + 1
-        no_mask = shape[1] == 1 and slot.min() + 1 == shape[2] and not any(packed[1])
-        packed = torch.from_numpy(np.array([*packed, row, slot, col], dtype=np.int64)).to(device)  # (7, N), one copy
-        ids, group, branch, position, row, slot, col = packed
-        self.memory.aim_decode(row, slot, col, group, branch, shape, no_mask)
-        x = self.model.hidden(ids[None], Layout(group, branch, position), self.memory)[0]  # (N, C)
-        parts = self.model.logits(x[torch.tensor(head, device=device)]).split([len(r.heads) for r in requests])
+        feed = self.feed_by_kernel if self.kernel else self.feed_by_row
+        logits = feed(np.array([*packed, row, slot, col], dtype=np.int64), head, rows, fed + count, count)
         for r in requests:
             r.fed = len(r.ids)
         self.stats.decode_steps += 1
-        return {id(r): part for r, part in zip(requests, parts)}
+        return logits
+
+    def feed_by_row(self, packed, head, rows, length, count):
+        """packed (7, N): ids, group, branch, position, row, slot, col; head: indices of M of them; the rest as in `cut_pieces`."""
+        shape = rows[-1] + 1, count.max(), length.max()
+        no_mask = shape[1] == 1 and length.min() == shape[2] and not packed[1].any()
+        ids, group, branch, position, row, slot, col = torch.from_numpy(packed).to(self.model.device)  # one copy
+        self.memory.aim_decode(row, slot, col, group, branch, shape, no_mask)
+        x = self.model.hidden(ids[None], Layout(group, branch, position), self.memory)[0]  # (N, C)
+        return self.model.logits(x[torch.tensor(head, device=x.device)])
+
+    def feed_by_kernel(self, packed, head, rows, length, count):
+        """The same through the kernel, in buffers of a few sizes, so that a captured graph can do it."""
+        (_, n), config = packed.shape, self.model.config
+        N, G = 1 << (n - 1).bit_length(), config.num_attention_heads // config.num_key_value_heads
+        M = min(128, max(16, 1 << (int(count.max()) * G - 1).bit_length()))  # query rows of a tile
+        cut, of_token = cut_pieces(rows * self.memory.capacity, length, count, M // G, self.pieces)
+        tokens, pieces = np.zeros((9, N), dtype=np.int64), np.zeros((N + self.pieces, 5), dtype=np.int64)
+        tokens[6] = self.memory.kv_tokens  # idle tokens are stored in the slot that nobody looks at
+        tokens[:4, :n], tokens[4, :n], tokens[5, : len(head)] = packed[:4], packed[5], head
+        tokens[6, :n], tokens[7:, :n], pieces[: len(cut)] = packed[4] * self.memory.capacity + packed[5], of_token, cut
+
+        def feed(buffer):
+            tokens, pieces = buffer[: 9 * N].view(9, N), buffer[9 * N :].view(-1, 5)
+            ids, group, branch, position, slot, head, index, first_piece, num_pieces = tokens
+            self.memory.aim_pieces(index, slot, group, branch, pieces, first_piece, num_pieces, M)
+            x = self.model.hidden(ids[None], Layout(group, branch, position), self.memory)[0]  # (N, C)
+            return self.model.logits(x[head])  # (N, V), the first len(head) of them wanted
+
+        buffer = torch.from_numpy(np.concatenate([tokens.ravel(), pieces.ravel()]))
+        if N > MAX_CAPTURED:
+            return feed(buffer.to(self.model.device))[: len(head)]
+        return self.replay(("feed", N, M), feed, buffer)[: len(head)]
 
     # ---- sample ----
 
     def sample(self, logits):
         """One token for each head: logits (M, V) -> (token ids, log-probabilities), lists of M."""
-        logits = logits.float()
-        log_p = logits.log_softmax(-1)  # (M, V), of the model itself: what training will see
-        if self.penalty != 1.0:
-            logits = logits.clone()
-            heads = [(r, h) for r in self.active for h in r.heads]
-            for m, (r, h) in enumerate(heads):
-                if r.group[h]:
-                    mine = [t for t, g, b in zip(r.ids, r.group, r.branch) if g == r.group[h] and b == r.branch[h]]
-                    mine = torch.tensor(sorted(set(mine)), device=logits.device)
-                    x = logits[m, mine]
-                    logits[m, mine] = torch.where(x > 0, x / self.penalty, x * self.penalty)
-        if self.temperature == 0:
-            token = logits.argmax(-1)  # (M,)
+        M, V = logits.shape
+        u = np.concatenate([r.uniforms[r.used : r.used + len(r.heads)] for r in self.active]) if self.temperature else np.zeros(M)
+        u, how = torch.from_numpy(u), (self.temperature, self.top_p, self.top_k)
+        if self.kernel and self.penalty == 1.0 and not self.top_k and self.top_p == 1.0 and M <= MAX_CAPTURED:
+            rows = 1 << (M - 1).bit_length()
+            drawn = self.replay(("draw", rows, how), lambda logits, u: draw(logits, u, None, *how), logits, u, rows=rows)[:, :M]
         else:
-            p = log_p.exp() if self.temperature == self.penalty == 1.0 else (logits / self.temperature).softmax(-1)  # (M, V)
-            if self.top_k or self.top_p < 1:
-                ranked, order = p.sort(dim=-1, descending=True)
-                cut = ranked.cumsum(-1) - ranked >= self.top_p  # the smallest set that holds top_p
-                if self.top_k:
-                    cut[:, self.top_k :] = True
-                p = torch.zeros_like(p).scatter_(-1, order, ranked.masked_fill(cut, 0.0))
-            # inverse CDF with the request's own random numbers: which neighbours share the batch cannot matter
-            u = [x for r in self.active for x in r.uniforms[r.used : r.used + len(r.heads)]]
-            cdf = p.double().cumsum(-1)  # (M, V)
-            u = torch.tensor(np.array(u), device=p.device, dtype=torch.float64)[:, None] * cdf[:, -1:]  # (M, 1)
-            token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp_(max=p.shape[-1] - 1)
-        chosen = log_p.gather(-1, token[:, None])[:, 0]
-        return token.tolist(), chosen.tolist()
+            shaped = self.penalise(logits) if self.penalty != 1.0 else None
+            drawn = draw(logits, u.to(logits.device), shaped, *how)
+        token, logprob = drawn.tolist()  # the one time that the host waits for the GPU
+        return [int(t) for t in token], logprob
+
+    def penalise(self, logits):
+        """The logits (M, V) after the repetition penalty: inside a step, on the tokens that its branch already holds."""
+        logits = logits.float().clone()
+        heads = [(r, h) for r in self.active for h in r.heads]
+        for m, (r, h) in enumerate(heads):
+            if r.group[h]:
+                mine = [t for t, g, b in zip(r.ids, r.group, r.branch) if g == r.group[h] and b == r.branch[h]]
+                mine = torch.tensor(sorted(set(mine)), device=logits.device)
+                x = logits[m, mine]
+                logits[m, mine] = torch.where(x > 0, x / self.penalty, x * self.penalty)
+        return logits
 
     # ---- postprocess: the life of a request ----
 

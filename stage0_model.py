@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -610,7 +611,7 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm.  What a token may see is decided outside, by `attend`.
+    """The two ends of grouped-query attention with QK-norm.  What is between them, and what a token may see, is decided outside.
 
     Queries, keys and values come out of one matrix product: decoding one token is a matter of how many operations are launched."""
 
@@ -623,14 +624,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, attend):
+    def queries_keys_values(self, x, cos, sin):
+        """x (B, T, C) -> (B, T, H, D), (B, T, H_kv, D), (B, T, H_kv, D)."""
         B, T, _ = x.shape
         H, qk_heads = self.heads, self.heads + self.kv_heads
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 H_kv, D)
         # queries and keys are normed and rotated together; each kind has one weight for all its heads
         scale = torch.cat([self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(self.kv_heads, -1)])  # (H + H_kv, D)
         qk = rotate(F.rms_norm(qkv[:, :, :qk_heads], self.q_norm.shape, eps=self.q_norm.eps) * scale, cos, sin)
-        return self.o_proj(attend(qk[:, :, :H], qk[:, :, H:], qkv[:, :, qk_heads:]).reshape(B, T, -1))
+        return qk[:, :, :H], qk[:, :, H:], qkv[:, :, qk_heads:]
 
 
 class MLP(nn.Module):
@@ -656,18 +658,82 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def before(self, x, cos, sin):
+        return self.self_attn.queries_keys_values(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, found):
+        x = x + self.self_attn.o_proj(found.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def forward(self, x, cos, sin, attend):
+        return self.after(x, attend(*self.before(x, cos, sin)))
 
-def visible_mask(group, branch):
-    """Who may see whom (D3): earlier tokens, but never a sibling branch of the same block.  (B, T), (B, T) -> (B, T, T) bool,
-    True = row's token sees column's token."""
+
+@functools.cache
+def compiled(function, dynamic=False):
+    """torch.compile on CUDA.  Not dynamic: once for every shape, so let them be few (`bucket`)."""
+    if not torch.cuda.is_available():
+        return function
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=dynamic)
+
+
+def fused_block(block, x, cos, sin, attend):
+    """Block.forward with everything around attention compiled: a decode step of few tokens is a thousand small operations, and on a GPU each
+    costs two microseconds even in a captured graph.  All blocks, and all numbers of tokens, share the same code."""
+    return compiled(Block.after, dynamic=True)(block, x, attend(*compiled(Block.before, dynamic=True)(block, x, cos, sin)))
+
+
+def visible_mask(group, branch, document=None):
+    """Who may see whom (D3): earlier tokens of the same document, but never a sibling branch of the same block.  Integers (B, T) ->
+    (B, T, T) bool, True = row's token sees column's token.  document None: every row is one document."""
     T = group.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=group.device).tril()
     same_block = (group[:, :, None] == group[:, None, :]) & (group[:, :, None] != 0)  # (B, T, T)
-    return causal & ~(same_block & (branch[:, :, None] != branch[:, None, :]))
+    sees = causal & ~(same_block & (branch[:, :, None] != branch[:, None, :]))
+    return sees if document is None else sees & (document[:, :, None] == document[:, None, :])
+
+
+def uses_flex(device):
+    """FlexAttention where it trains: on CUDA.  It has no backward on a CPU."""
+    return device.type == "cuda"
+
+
+def bucket(n):
+    """n rounded up to one of four sizes for every power of two: 100 -> 128, 1100 -> 1280, 8192 -> 8192."""
+    step = max(32, 2 ** (n.bit_length() - 3))
+    return -(-n // step) * step
+
+
+def visibility(group, branch, document=None):
+    """`visible_mask` in the form that `attention` takes: None where plain causal order says it all, on CUDA the blocks of 128 x 128 that
+    are not empty (siblings and other documents are skipped there, not computed and masked; uncompiled, a T x T tensor would be filled to find
+    them), on a CPU (B, 1, T, T) bool."""
+    if document is None and not group.any():
+        return None
+    if not uses_flex(group.device):
+        return visible_mask(group, branch, document)[:, None]
+    (B, T), document = group.shape, torch.zeros_like(group) if document is None else document
+
+    def sees(b, h, q, k):
+        sibling = (group[b, q] == group[b, k]) & (group[b, q] != 0) & (branch[b, q] != branch[b, k])
+        return (q >= k) & (document[b, q] == document[b, k]) & ~sibling
+
+    return compiled(create_block_mask)(sees, B, None, T, T, device=group.device)
+
+
+def attention(q, k, v, mask):
+    """softmax(q k' / sqrt(D)) v over what `mask` (of `visibility`) shows.  q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D)."""
+    dtype, repeat = v.dtype, q.shape[2] // k.shape[2]  # each key/value head serves `repeat` query heads
+    if isinstance(mask, BlockMask):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T, D)
+        return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+    if q.device.type == "cpu":  # measured: the CPU's fused attention runs backward 1.6x faster in fp32 than in bf16
+        q, k, v = q.float(), k.float(), v.float()
+    # repeated by hand: told to share heads itself (`enable_gqa`), scaled_dot_product_attention takes its slow path as soon as there is a mask
+    k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)  # (B, T, H, D)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).to(dtype).transpose(1, 2)
 
 
 class Qwen3(nn.Module):
@@ -696,31 +762,24 @@ class Qwen3(nn.Module):
     def hidden(self, ids, layout=None, kv=None):
         """Final hidden states.  ids (B, T) -> (B, T, C).
 
-        layout: None for plain causal text, or integers `.group`, `.branch`, `.position`, each (T,) or (B, T) (engine.Layout).
+        layout: None for plain causal text, or integers `.group`, `.branch`, `.position`, each (T,) or (B, T), and `.document` (1, T) where
+        several sequences are packed into one row (engine.Layout).
         kv: None to attend within ids (training), or the engine's KV memory, which stores this call's keys and values and
-        attends over everything its rows hold: `kv.attend(layer, q, k, v)`, all (B, T, H, D).
+        attends over everything its rows hold: `kv.attend(layer, q, k, v)`, all (B, T, H, D); `kv.fused`: in compiled blocks.
         """
-        B, T = ids.shape
+        T, mask = ids.shape[1], None
         if layout is None:
             position = torch.arange(T, device=ids.device)[None]  # (1, T)
         else:
             as_rows = lambda x: torch.as_tensor(x, device=ids.device).long().reshape(-1, T)  # noqa: E731
             group, branch, position = as_rows(layout.group), as_rows(layout.branch), as_rows(layout.position)
-        mask = None if layout is None or kv is not None or not group.any() else visible_mask(group, branch)[:, None]
+            mask = visibility(group, branch, layout.document) if kv is None else None
         x = self.model["embed_tokens"](ids)  # (B, T, C)
         cos, sin = rope_tables(position, self.config.head_dim, self.config.rope_theta)
-        repeat = self.config.num_attention_heads // self.config.num_key_value_heads
-
-        def within(q, k, v):  # each key/value head serves `repeat` query heads
-            dtype = v.dtype
-            if q.device.type == "cpu":  # measured: the CPU's fused attention runs backward 1.6x faster in fp32 than in bf16
-                q, k, v = q.float(), k.float(), v.float()
-            k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)  # (B, T, H, D)
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).to(dtype).transpose(1, 2)
-
+        run = fused_block if kv is not None and kv.fused else Block.__call__
         for i, block in enumerate(self.model["layers"]):
-            x = block(x, cos, sin, within if kv is None else lambda q, k, v, i=i: kv.attend(i, q, k, v))
+            attend = functools.partial(attention, mask=mask) if kv is None else functools.partial(kv.attend, i)
+            x = run(block, x, cos, sin, attend)
         return self.model["norm"](x)
 
     def logits(self, x):
@@ -1101,9 +1160,9 @@ def print_inherited(path):
     print(f"init: {path} ({told or 'no args.json: not made by this project'})")
 
 
-def pad_rows(rows, value):
-    """Right-pad integer lists to one tensor: [[1, 2], [3]], 0 -> [[1, 2], [3, 0]].  Causal masks hide the padding."""
-    T = max(len(row) for row in rows)
+def pad_rows(rows, value, length=0):
+    """Right-pad integer lists to one tensor, at least so long: [[1, 2], [3]], 0 -> [[1, 2], [3, 0]].  Causal masks hide the padding."""
+    T = max(length, *map(len, rows))
     return torch.tensor([list(row) + [value] * (T - len(row)) for row in rows])  # (B, T)
 
 

@@ -254,10 +254,10 @@ def main():
             advantages = dapo_advantages([R for _, _, rewards in share for R in rewards], [g for g, _, _ in rollouts])
             num_tokens = sum(len(r.ids) for _, _, r in rollouts)
             sequences = [Sequence(prompt, r.ids) for _, prompt, r in rollouts]
-            for rows, ids, _, mask in batches(sequences, args.micro_tokens, device, share=ranks()):
+            for rows, ids, laid, mask in batches(sequences, args.micro_tokens, device, share=ranks()):
                 old = torch.zeros(ids.shape, device=device)
                 old[mask] = torch.tensor([x for i in rows for x in rollouts[i][2].logprobs], device=device)
-                logprobs, H = token_logprobs(model, ids)  # (B, T) each
+                logprobs, H = token_logprobs(model, ids, laid)  # (B, T) each
                 part = dapo_loss(logprobs, old, advantages[rows].to(device), mask, args.eps_low, args.eps_high, num_tokens)
                 part.backward()
                 ratio = (logprobs.detach() - old).exp()[mask]

@@ -1,6 +1,7 @@
 """What the tests share: a small tokenizer, random models, and an engine that follows a script (so that trees of any shape can be
 decoded without training anything)."""
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run in its interpreter, on CPU tensors
 
 import engine as engine_module  # noqa: E402
 import stage0_model as stage0  # noqa: E402
@@ -21,6 +24,19 @@ torch.set_num_threads(1)  # toy models: a second thread costs more than it bring
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=3000, help="requests of the engine's fuzz test")
+
+
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: runs on a GPU; `pytest -m cuda` on a machine with one")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, no_cuda])])
+def device(request):
+    """Every test that asks for it, or for something that lives on it, is run on both."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -63,8 +79,8 @@ def random_model(vocab, seed=0, std=0.2, **overrides):
 
 
 @pytest.fixture(scope="session")
-def model(tokenizer):
-    return random_model(len(tokenizer) + 5)
+def model(tokenizer, device):
+    return random_model(len(tokenizer) + 5).to(device)
 
 
 def random_script(rng, tokenizer, tag_ids, max_blocks=4, max_branches=8, max_length=12, min_blocks=1):
@@ -88,8 +104,8 @@ class ScriptedEngine(Engine):
     script_of = None
 
     def sample(self, logits):
-        tokens, logprobs = super().sample(logits)
         log_p, m = logits.float().log_softmax(-1), 0
+        tokens, logprobs = super().sample(logits)
         for request in self.active:
             script = self.script_of(request)
             for head in request.heads:
@@ -113,11 +129,11 @@ def rescore(model, prompts, rollouts, layouts=None):
     layouts = layouts or [r.layout for r in rollouts]
     sequences = [engine_module.Sequence(p, r.ids, laid) for p, r, laid in zip(prompts, rollouts, layouts)]
     scores = [None] * len(rollouts)
-    for rows, ids, batch_layout, mask in engine_module.batches(sequences, 8192):
+    for rows, ids, batch_layout, mask in engine_module.batches(sequences, 8192, model.device):
         with torch.no_grad():
             logprobs, _ = engine_module.token_logprobs(model, ids, batch_layout)
         for b, i in enumerate(rows):
-            scores[i] = logprobs[b][mask[b]].numpy()
+            scores[i] = logprobs[b][mask[b]].cpu().numpy()
     return scores
 
 

@@ -82,9 +82,9 @@ def test_training_on_the_encoded_data_gives_forced_tokens_no_loss(tokenizer, mod
     from engine import Sequence, batches, token_logprobs
 
     ids, laid, forced = encode_response(tokenizer, RESPONSE, sequential=False)
-    [(_, batch, batch_layout, mask)] = batches([Sequence([50, 51], ids, laid)], 1000)
-    mask[0, 2:] &= ~torch.tensor(forced)
+    [(_, batch, batch_layout, mask)] = batches([Sequence([50, 51], ids, laid)], 1000, model.device)
+    mask[0, 2:] &= ~torch.tensor(forced, device=model.device)
     logprobs, _ = token_logprobs(model, batch, batch_layout)
-    grad = torch.autograd.grad(-logprobs[mask].mean(), logprobs)[0][0, 2:]
+    grad = torch.autograd.grad(-logprobs[mask].mean(), logprobs)[0][0, 2:].cpu()
     assert (grad[torch.tensor(forced)] == 0).all() and (grad[~torch.tensor(forced)] != 0).all()
     assert random.Random(0) and stage2_beta.TAGS == TAGS

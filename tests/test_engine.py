@@ -14,6 +14,8 @@ import engine as engine_module
 import stage0_model as stage0
 from engine import Engine, Layout, layout, tag_token_ids
 
+TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}  # of a log-probability, fp32
+
 SHAPES = [  # heads, kv heads, head_dim, tied
     (4, 2, 16, False),
     (4, 4, 8, True),
@@ -71,8 +73,10 @@ def tree_run(model, tokenizer, tag_ids):
 
 
 @pytest.fixture(scope="module")
-def happy(tokenizer, tag_ids):
-    return tag_happy_model(tokenizer, tag_ids)
+def happy(tokenizer, tag_ids, device):
+    model = tag_happy_model(tokenizer, tag_ids).to(device)
+    model.bigram = model.bigram.to(device)
+    return model
 
 
 def test_scripted_trees_really_fork_with_many_widths_and_blocks(tree_run):
@@ -115,7 +119,20 @@ def test_I1_teacher_forcing_gives_the_engines_logprobs_to_1e_5(tree_run, model, 
     assert len(rollouts) >= 1000 and {r.finish_reason for r in rollouts} == {"stop", "length", "malformed"}
     assert sum(r.num_forks > 0 for r in own) > 100 and any(r.num_forks > 1 for r in own)
     for weights, prompts, rs in runs:
-        assert worst_gap(rs, rescore(weights, prompts, rs)) < 1e-5
+        assert worst_gap(rs, rescore(weights, prompts, rs)) < TOLERANCE[weights.device.type]
+
+
+def test_I1_is_measured_in_bf16_beside_fp32(tokenizer, tag_ids, device, capsys):
+    """Usual stacks, trainer against rollout engine: 2.2e-3 RMS in fp32, 3e-2 in bf16 (there, two implementations of one model)."""
+    rms = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = random_model(len(tokenizer) + 5, std=0.1).to(device, dtype)
+        _, prompts, _, rollouts = scripted_run(model, tokenizer, tag_ids, 30)
+        gaps = [(np.array(r.logprobs) - s)[~np.array(r.forced)] for r, s in zip(rollouts, rescore(model, prompts, rollouts))]
+        rms[dtype] = float(np.sqrt(np.mean(np.concatenate(gaps) ** 2)))
+    with capsys.disabled():
+        print(f"\nI1 on {device}, RMS of log-probabilities: fp32 {rms[torch.float32]:.1e}, bf16 {rms[torch.bfloat16]:.1e}")
+    assert rms[torch.float32] < 1e-5 < rms[torch.bfloat16] < 0.1
 
 
 def test_I1_negative_control_a_shifted_position_or_a_visible_sibling_shows(tree_run, model):
@@ -136,16 +153,16 @@ def test_I2_layout_from_the_ids_is_the_layout_the_engine_used(tree_run, tag_ids)
 
 
 @pytest.mark.parametrize("heads, kv_heads, head_dim, tied", SHAPES)
-def test_I3_greedy_sequential_decoding_equals_transformers_generate(tmp_path, plain_tokenizer, heads, kv_heads, head_dim, tied):
+def test_I3_greedy_sequential_decoding_equals_transformers_generate(tmp_path, device, plain_tokenizer, heads, kv_heads, head_dim, tied):
     model = random_model(
         len(plain_tokenizer), num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied
-    )
+    ).to(device)
     stage0.save(model, plain_tokenizer, tmp_path)
-    hf = Qwen3ForCausalLM.from_pretrained(tmp_path)
+    hf = Qwen3ForCausalLM.from_pretrained(tmp_path).to(device)
     prompts = random_prompts(random.Random(1), 12)
     ours = Engine(model, plain_tokenizer).generate(prompts, parallel=False, temperature=0, max_new_tokens=40)
     for prompt, [r] in zip(prompts, ours):
-        theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
+        theirs = hf.generate(torch.tensor([prompt], device=device), max_new_tokens=40, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
         assert r.ids == theirs
         assert r.critical_path == len(r.ids)
 
@@ -171,7 +188,7 @@ def test_I4_alone_in_a_batch_of_64_reordered_and_preempted_give_the_same_tokens(
     for r, *others in zip(batch, alone, backwards[::-1], squeezed):
         for other in others:
             assert other.ids == r.ids and other.finish_reason == r.finish_reason
-            np.testing.assert_allclose(other.logprobs, r.logprobs, atol=1e-5)
+            np.testing.assert_allclose(other.logprobs, r.logprobs, atol=TOLERANCE[model.device.type])
 
 
 def test_I5_fork_moves_no_kv_and_join_prefills_nothing(model, tokenizer, tag_ids):
@@ -280,7 +297,7 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(model, plain_tokenizer):
     for limits in (dict(top_k=1), dict(top_p=1e-6)):
         drawn = Engine(model, plain_tokenizer).generate(prompts, parallel=False, max_new_tokens=8, **limits)
         assert [r.ids for [r] in drawn] == [r.ids for [r] in greedy]
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]], device=model.device)).repeat(4000, 1)
     eng = Engine(model, plain_tokenizer)
     eng.temperature, eng.top_p, eng.top_k, eng.penalty = 1.0, 0.7, 0, 1.0
     u = np.random.default_rng(0).random(4000, dtype=np.float32)
@@ -296,17 +313,24 @@ def test_repetition_penalty_acts_inside_steps_only_and_on_the_branchs_own_tokens
     eng.temperature, eng.top_p, eng.top_k, eng.penalty = 0, 1.0, 0, 2.0
     # arrival order: a prompt token 3, then branch 1 holds tokens 1 and 2, branch 2 holds token 0
     row = dict(ids=[3, 1, 0, 2], group=[0, 1, 1, 1], branch=[0, 1, 2, 1])
-    logits = torch.tensor([[2.9, 3.0, 2.8, 2.7]])
+    logits = torch.tensor([[2.9, 3.0, 2.8, 2.7]], device=model.device)
     for head, expected in ((0, 1), (2, 1), (3, 0)):  # trunk: no penalty; branch 2: 0 is halved; branch 1: 1 and 2 are halved
         eng.active = [engine_module.Request(0, 1, row["ids"], None, row["group"], row["branch"], [], [], [], heads=[head])]
         [token], [logprob] = eng.sample(logits)
         assert token == expected
-        assert abs(logprob - logits.log_softmax(-1)[0, token]) < 1e-6  # reported without the penalty
+        assert abs(logprob - logits.log_softmax(-1)[0, token].item()) < 1e-6  # reported without the penalty
 
 
 def test_a_request_beyond_the_kv_budget_is_refused_by_name(model, tokenizer):
     with pytest.raises(stage0.UserError, match="KV budget of 64"):
         Engine(model, tokenizer, kv_tokens=64).generate([list(range(50, 90))], max_new_tokens=30)
+
+
+def test_a_budget_that_holds_every_worst_case_runs_all_at_once(model, plain_tokenizer):
+    """It once did not when fewer than 32 tokens were asked for: the margin for growth cut the rows anew, longer and fewer."""
+    eng = Engine(model, plain_tokenizer, kv_tokens=5 * (30 + 6))
+    rollouts = eng.generate([[50 + i] * 30 for i in range(5)], parallel=False, max_new_tokens=6)
+    assert eng.stats.decode_steps == max(len(r.ids) for [r] in rollouts) - 1
 
 
 def test_parallel_mode_without_tag_tokens_is_refused(model, plain_tokenizer):
@@ -321,7 +345,7 @@ def test_picture_of_a_kv_row_forking_and_joining_is_what_the_engine_does(model, 
         (0, 0): tokenizer.encode("<guideline><plan>1:a</plan><plan>2:b</plan></guideline>"),
         (1, 1): tokenizer.encode("x</step>"), (1, 2): tokenizer.encode("yz</step>"),
     }  # fmt: skip
-    eng, feeds, kept = ScriptedEngine(model, tokenizer), [], []
+    eng, feeds, kept = ScriptedEngine(model, tokenizer, kernel=False), [], []
     eng.script_of = lambda request: script
     aim = eng.memory.aim_decode
 

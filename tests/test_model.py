@@ -21,14 +21,14 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("overrides", CONFIGS)
-def test_logits_equal_transformers_after_save_and_load(tmp_path, plain_tokenizer, overrides):
-    model = random_model(len(plain_tokenizer), seed=1, **overrides)
+def test_logits_equal_transformers_after_save_and_load(tmp_path, device, plain_tokenizer, overrides):
+    model = random_model(len(plain_tokenizer), seed=1, **overrides).to(device)
     stage0.save(model, plain_tokenizer, tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ids = torch.randint(0, len(plain_tokenizer), (3, 70))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).to(device)
+    ids = torch.randint(0, len(plain_tokenizer), (3, 70), device=device)
     with torch.no_grad():
         torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
-    ours, tokenizer = stage0.load(tmp_path)
+    ours, tokenizer = stage0.load(tmp_path, device)
     with torch.no_grad():
         assert torch.equal(ours(ids), model(ids))
     assert tokenizer.encode("1:ab</step>") == plain_tokenizer.encode("1:ab</step>")
@@ -68,13 +68,13 @@ def test_layout_makes_branches_blind_to_each_other_and_position_shifts_show(toke
     tail = tokenizer.encode("<takeaway>c</takeaway>")
     ids = trunk + b1 + b2 + tail
     with torch.no_grad():
-        whole = model(torch.tensor([ids]), layout(ids, tag_ids))[0]
-        alone = model(torch.tensor([trunk + b2]))[0]
+        whole = model(torch.tensor([ids], device=model.device), layout(ids, tag_ids))[0]
+        alone = model(torch.tensor([trunk + b2], device=model.device))[0]
     n = len(trunk)
     torch.testing.assert_close(whole[:n], alone[:n], atol=1e-4, rtol=0)
     torch.testing.assert_close(whole[n + len(b1) : n + len(b1) + len(b2)], alone[n:], atol=1e-4, rtol=0)
     with torch.no_grad():
-        causal = model(torch.tensor([ids]))[0]
+        causal = model(torch.tensor([ids], device=model.device))[0]
     assert (whole - causal)[n + len(b1) :].abs().max() > 1e-2
 
 

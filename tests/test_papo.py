@@ -35,9 +35,9 @@ def test_papo_loss_value_and_gradient_by_hand():
     torch.testing.assert_close(logprobs.grad, torch.tensor([[-1.0, -1, -1], [2, 2, 0]]) / 5)
 
 
-def test_papo_gradient_equals_reinforce_computed_one_token_at_a_time(model, tokenizer, tag_ids):
+def test_papo_gradient_equals_reinforce_computed_one_token_at_a_time(tokenizer, tag_ids):
     """d/dw of (1/n) sum A log pi(token | its visible past), each token in a forward of its own, no mask, no batch."""
-    small = random_model(model.config.vocab_size, num_hidden_layers=2)
+    small = random_model(len(tokenizer) + 5, num_hidden_layers=2)
     _, prompts, _, rollouts = scripted_run(small, tokenizer, tag_ids, 3, seed=5, max_blocks=1, max_branches=3, max_length=3)
     advantages = torch.tensor([1.0, -0.5, 2.0])
     sequences = [Sequence(p, r.ids, r.layout) for p, r in zip(prompts, rollouts)]
@@ -74,11 +74,11 @@ def test_papo_gradient_equals_reinforce_computed_one_token_at_a_time(model, toke
 def test_forced_tokens_carry_no_loss(model, tokenizer, tag_ids):
     _, prompts, _, rollouts = scripted_run(model, tokenizer, tag_ids, 4, seed=1)
     for prompt, r in zip(prompts, rollouts):
-        [(_, ids, laid, mask)] = batches([Sequence(prompt, r.ids, r.layout)], 10**6)
+        [(_, ids, laid, mask)] = batches([Sequence(prompt, r.ids, r.layout)], 10**6, model.device)
         forced = torch.zeros_like(mask)
-        forced[mask] = torch.tensor(r.forced)
+        forced[mask] = torch.tensor(r.forced, device=model.device)
         logprobs, _ = token_logprobs(model, ids, laid)
-        grad = torch.autograd.grad(papo_loss(logprobs, torch.ones(1), mask & ~forced), logprobs)[0]
+        grad = torch.autograd.grad(papo_loss(logprobs, torch.ones(1, device=model.device), mask & ~forced), logprobs)[0]
         assert (grad[forced] == 0).all() and (grad[mask & ~forced] != 0).all()
         assert tokenizer.decode(np.array(r.ids)[r.forced][:3]) == "<step>1:"
 
