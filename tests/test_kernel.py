@@ -16,7 +16,7 @@ import engine as engine_module
 import stage0_model as stage0
 from engine import Engine, attend_pieces, cut_pieces
 
-pytestmark = pytest.mark.skipif(engine_module.triton is None, reason="triton is not installed: pip install triton")
+needs_triton = pytest.mark.skipif(engine_module.triton is None, reason="triton is not installed: pip install triton")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative error, norm over norm
 
@@ -24,7 +24,10 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  
 @pytest.fixture(autouse=True)
 def bfloat16_in_the_interpreter(monkeypatch):
     """Triton 3.9's interpreter keeps bfloat16 as uint16, and its dot product multiplies those integers."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if engine_module.triton is None:
+        return
+    from triton.runtime import interpreter
+
     dot, tl = interpreter.InterpreterBuilder.create_dot, engine_module.tl
 
     def create_dot(self, a, b, *rest):
@@ -93,6 +96,7 @@ def run_kernel(device, length, count, group, branch, capacity, G, H_kv, D, dtype
     return ((got.double() - want).norm() / want.norm()).item()
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("G, D", [(1, 32), (2, 64), (3, 128), (4, 96), (5, 16), (6, 40), (7, 64), (8, 128)])
 def test_kernel_equals_the_reference_for_every_group_size_head_dim_and_dtype(device, G, D, dtype):
@@ -102,6 +106,7 @@ def test_kernel_equals_the_reference_for_every_group_size_head_dim_and_dtype(dev
     assert run_kernel(device, *rows, 160, G, 2, D, dtype, target=3) < TOLERANCE[dtype]
 
 
+@needs_triton
 @pytest.mark.parametrize("seed", range(6))
 def test_kernel_on_random_layouts_ragged_lengths_and_split_counts(device, seed):
     """One to sixteen branches, one token to more than a tile holds, rows in one piece or in many, idle tokens and pieces."""
@@ -113,6 +118,7 @@ def test_kernel_on_random_layouts_ragged_lengths_and_split_counts(device, seed):
     assert error < TOLERANCE[torch.float32]
 
 
+@needs_triton
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129])
 def test_kernel_at_the_edges_of_tiles_and_pieces(device, length):
     torch.manual_seed(0)
@@ -122,12 +128,14 @@ def test_kernel_at_the_edges_of_tiles_and_pieces(device, length):
         assert run_kernel(device, *rows, 130, 2, 1, 32, torch.float32, target) < TOLERANCE[torch.float32]
 
 
+@needs_triton
 def test_kernel_merges_more_pieces_than_it_takes_at_once(device):
     torch.manual_seed(0)
     rows = np.array([64 * 40, 70]), np.array([2, 1]), *np.zeros((2, 2, 64 * 40), dtype=np.int64)
     assert run_kernel(device, *rows, 64 * 40, 2, 1, 16, torch.float32, 41) < TOLERANCE[torch.float32]
 
 
+@needs_triton
 def test_kernel_gives_zeros_to_a_query_that_sees_nothing(device):
     rng = np.random.default_rng(0)
     rows = random_rows(rng, 3, 100, 4, 3, 110)
@@ -158,6 +166,7 @@ def test_docstring_example_of_cut_pieces():
     assert [x.tolist() for x in engine_module.ragged(np.array([2, 1]))] == [[0, 0, 1], [0, 1, 0]]
 
 
+@needs_triton
 @pytest.mark.cuda
 @no_cuda
 def test_kernel_addresses_a_pool_of_more_than_2_to_the_31_numbers():
@@ -189,6 +198,7 @@ def trees(model, tokenizer, tag_ids, kernel, n=3, free=False, **sampling):
     return eng, prompts, [r for [r] in eng.generate(prompts, max_new_tokens=150, **sampling)]
 
 
+@needs_triton
 @pytest.mark.parametrize("sampling", [dict(), dict(temperature=0), dict(temperature=0.7, top_k=20), dict(step_repetition_penalty=1.3)], ids=str)
 def test_engine_with_kernel_and_replayed_steps_gives_the_same_tokens(device, tokenizer, tag_ids, sampling):
     model = random_model(len(tokenizer) + 5, num_hidden_layers=1, num_attention_heads=6).to(device)
@@ -204,6 +214,7 @@ def test_engine_with_kernel_and_replayed_steps_gives_the_same_tokens(device, tok
     assert eng.kv_tokens_in_use == 0
 
 
+@needs_triton
 def test_what_an_earlier_step_left_in_a_buffer_changes_nothing(tokenizer):
     model = random_model(len(tokenizer), num_hidden_layers=1)
     eng = Engine(model, tokenizer, kernel=True)
@@ -235,6 +246,7 @@ def test_drawing_in_chunks_changes_nothing(device, monkeypatch):
         assert torch.equal(engine_module.draw(logits, u, *case), expected)
 
 
+@needs_triton
 def test_replay_keys_hold_everything_a_captured_function_bakes_in(tokenizer):
     """A graph knows only the sampling it was captured with: other temperatures need other graphs."""
     model = random_model(len(tokenizer), num_hidden_layers=1)
@@ -346,12 +358,14 @@ for kernel in (engine.look_at_piece, engine.merge_pieces):
 """
 
 
+@needs_triton
 def test_kernels_compile_for_a_gpu_that_is_not_there():
     """The interpreter is more lenient than the compiler: it once let a variable change its shape in a loop."""
     done = subprocess.run([sys.executable, "-c", COMPILE.format(root=str(ROOT))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@needs_triton
 def test_all_blocks_and_all_numbers_of_tokens_share_the_compiled_code(tokenizer, monkeypatch):
     """Blocks around the kernel are traced, not compiled, here.  Twice for one token, twice for any other number: never once per layer."""
     model, graphs = random_model(len(tokenizer), num_hidden_layers=4), []
