@@ -103,20 +103,21 @@ def result(folder):
     return load_file(folder / "model.safetensors"), [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same(one, two, atol=1e-5):
+def assert_same(one, two, atol=3e-5, rtol_log=0.0):
     (weights, log), (others, other_log) = one, two
     for k in weights:
         torch.testing.assert_close(others[k], weights[k], atol=atol, rtol=0)
     assert len(log) == len(other_log)
     for row, other in zip(log, other_log):
         for key in row.keys() - {"seconds", "tokens_per_second", "rollout_seconds", "step_seconds"}:
-            assert other[key] == pytest.approx(row[key], abs=2e-4), (row["step"], key)
+            assert other[key] == pytest.approx(row[key], abs=2e-4, rel=rtol_log), (row["step"], key)
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage3", "stage3 ablations"])
 def test_two_ranks_make_the_updates_of_one_process(runs, name):
     """Reinforcement learning on 3 prompts, so that the ranks' shares are unequal: rollouts, dynamic sampling, advantages, token counts and
-    every logged number agree, and so do the weights, to 1e-5 after moving by more than 5e-4."""
+    every logged number agree, and so do the weights, to 3e-5 after moving by more than 5e-4: Adam divides each gradient by its own size, so
+    where that is small its rounding counts in full (measured: 1.2e-5, in one weight of 1,536)."""
     one, two = result(runs / name / "1"), result(runs / name / "2")
     assert_same(one, two)
     assert all(-1 < row["reward"] < 1 and row["grad_norm"] > 0 for row in one[1])
@@ -131,8 +132,8 @@ def test_two_ranks_fine_tune_like_one_process(runs):
 
 
 def test_two_ranks_pretrain_like_one_process(runs):
-    """The forward is in bf16 and Muon's iteration too, hence the loose tolerance."""
-    assert_same(result(runs / "stage0" / "1"), result(runs / "stage0" / "2"), atol=5e-3)
+    """The forward is in bf16, whose numbers are 4e-3 apart, and Muon's iteration too, hence the loose tolerances."""
+    assert_same(result(runs / "stage0" / "1"), result(runs / "stage0" / "2"), atol=5e-3, rtol_log=1e-3)
 
 
 def test_a_run_killed_on_two_ranks_resumes_on_two_ranks(runs):
