@@ -6,7 +6,7 @@ NPR starts from an instruction-tuned model (the paper: Qwen3-4B).  None can be d
 makes a stand-in in minutes: a 0.9M-parameter Qwen3 that solves synthetic problems step by step with mediocre accuracy, and
 that follows the parallel format only now and then.  Equation: next-token loss on responses, L = -(1/N) sum_t log p(x_t | x_<t).
 
-    python stage0_model.py                      # about 15 minutes on 2 cores
+    python stage0_model.py                      # about 20 minutes on 2 cores
     python stage0_model.py --steps 20 --out out/smoke/stage0
 
 Shapes: B rows, T tokens, H heads, D head dim, C hidden width, V vocabulary, K branches, G group size, N packed tokens.
@@ -51,7 +51,7 @@ class UserError(Exception):
 # ======================================================================================================================
 # Three kinds, chosen for what parallel thought can do to each:
 #   chains     decomposition: 2-6 independent chains of arithmetic, each long and inherently sequential; compare their ends
-#   sums       decomposition with a sequential tail: independent products, then a running total
+#   sums       decomposition with a sequential tail: independent products, then a running total modulo 100
 #   countdown  exploration: each plan is a first move towards a target, and few of the first moves work
 
 KINDS = ("chains", "sums", "countdown")
@@ -170,19 +170,15 @@ def draw_problem(kind, rng, hard=False):
         answer = f"{max(ends) if goal == 'largest' else min(ends):02d}"
         return Problem(kind, f"{written} modulo 100, {goal} end?", answer, {"chains": chains, "labels": labels, "goal": goal})
     if kind == "sums":
-        while True:  # signs are drawn again until every partial total is at least 0: negative totals are a lesson of their own
-            terms = [
-                (rng.choice("+-") if i else "+", rng.randint(11, 49), rng.randint(2, 9))
-                for i in range(rng.randint(6, 8) if hard else rng.randint(2, 5))
-            ]
-            totals, total = [], 0
-            for sign, a, b in terms:
-                total = apply_op(total, sign, a * b)
-                totals.append(total)
-            if min(totals) >= 0:
-                break
+        terms = [
+            (rng.choice("+-") if i else "+", rng.randint(11, 49), rng.randint(2, 9))
+            for i in range(rng.randint(6, 8) if hard else rng.randint(2, 5))
+        ]
+        total = 0
+        for sign, a, b in terms:
+            total = apply_op(total, sign, a * b) % 100
         written = "".join(f"{sign if i else ''}{a}*{b}" for i, (sign, a, b) in enumerate(terms))
-        return Problem(kind, f"{written} total?", str(total), {"terms": terms})
+        return Problem(kind, f"{written} modulo 100, total?", f"{total:02d}", {"terms": terms})
     if kind == "countdown":
         while True:
             numbers = sorted(rng.sample(range(2, 26), 4 if hard else 3))
@@ -409,10 +405,10 @@ def work_out(problem, rng, slip):
             tens, units = slipped(a // 10 * 10 * b), slipped(a % 10 * b)
             product = slipped(tens + units)
             plans.append(f"{a}*{b}")
-            steps.append(f"{a}*{b}={a // 10 * 10}*{b}+{a % 10}*{b}={tens}+{units}={product};{'abcdefgh'[i]}{product}")
-            total = product if i == 0 else slipped(max(0, apply_op(total, sign, product)))
-            takeaway += f"{product}" if i == 0 else f"{sign}{product}={total}"
-        return [(plans, steps, takeaway)], str(total)
+            steps.append(f"{a}*{b}={a // 10 * 10}*{b}+{a % 10}*{b}={tens}+{units}={product};{'abcdefgh'[i]}{product % 100:02d}")
+            total = product % 100 if i == 0 else slipped(apply_op(total, sign, product % 100) % 100, 0, 99)
+            takeaway += f"{total:02d}" if i == 0 else f"{sign}{product % 100:02d}={total:02d}"
+        return [(plans, steps, takeaway)], f"{total:02d}"
     target, moves, rounds, found = parts["target"], first_moves(parts["numbers"]), [], None
     rng.shuffle(moves)
     while not found and moves:
@@ -470,7 +466,7 @@ def malformed_solution(rounds, answer, rng):
     if how == 3:  # the answer is stated, not boxed
         return text.replace(f"\\boxed{{{answer}}}", f" the answer is {answer}.")
     if how == 4:  # steps nested in one another
-        return text.replace("</step><step>", "<step>").replace("</step>", "</step></step>", 1)
+        return text.replace("</step><step>", "<step>", 1).replace("</step>", "</step></step>", 1)
     if how == 5:  # the takeaway is tagged as a step
         return text.replace("<takeaway>", "<step>").replace("</takeaway>", "</step>")
     return text.replace("</guideline>", "</plan>", 1)  # the guideline is never closed
@@ -1216,7 +1212,7 @@ def measure_base(path, n, seed, device):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/stage0", help="folder to write the checkpoint to")
-    p.add_argument("--steps", type=int, default=1200, help="optimizer steps")
+    p.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     p.add_argument("--batch-tokens", type=int, default=8_192, help="tokens per optimizer step, prompts included")
     p.add_argument("--micro-batches", type=int, default=2, help="pieces a step is cut into, by document length")
     p.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate (embeddings and norms)")

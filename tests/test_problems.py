@@ -40,7 +40,7 @@ def test_the_stated_answer_is_right_by_an_independent_calculation(kind, split):
                 ends.append(value)
             assert int(p.answer) == (max(ends) if "largest" in p.question else min(ends))
         elif kind == "sums":
-            assert int(p.answer) == eval(p.question.split(" ")[0])  # our own question, not model text
+            assert int(p.answer) == eval(p.question.split(" ")[0]) % 100  # our own question, not model text
         else:
             value, used = evaluate(p.answer)
             given, target = p.question.split(" make ")
@@ -68,14 +68,12 @@ def test_clean_worked_solutions_are_right_and_slips_make_some_wrong():
         assert p.verify(stage0.plain_solution(rounds, answer)) == (rounds[-1][2] != "none")
 
 
-def test_malformed_corpus_documents_are_no_shorter_than_valid_ones():
+def test_no_malformed_corpus_document_has_fewer_tokens_than_its_valid_form(plain_tokenizer):
     rng = random.Random(0)
-    good = bad = 0
     for p in make_problems("all", "train", 300, 0):
         rounds, answer = stage0.work_out(p, rng, 0.05)
-        good += len(stage0.tagged_solution(rounds, answer))
-        bad += len(stage0.malformed_solution(rounds, answer, rng))
-    assert bad >= good
+        good, bad = stage0.tagged_solution(rounds, answer), stage0.malformed_solution(rounds, answer, rng)
+        assert len(plain_tokenizer.encode(bad)) >= len(plain_tokenizer.encode(good)), bad
 
 
 @pytest.mark.parametrize(
