@@ -29,7 +29,7 @@ from stage0_model import (
     KINDS, PLAIN_PROMPT, REAL_PLAIN_PROMPT, SPLITS, UserError, apply_op, first_moves, from_all_ranks, last_boxed, load, make_problems,
     my_share, pick_device, prompt_ids, ranks, read_problems, read_prompt, response_text, run_main, write_atomic,
 )  # fmt: skip
-from stage1_zero import format_score, parse_response
+from stage1_zero import parse_response
 
 MODES = ("plain", "format", "parallel")
 
@@ -92,21 +92,19 @@ def parts_of(problem):
     3 4 5 make 35 -> 1: only 3+4, then 7*5      3 4 5 make 12 -> 3: 3+4+5 may begin with any two
     """
     if problem.kind == "countdown":
-        reached = [
-            any(apply_op(max(value, z), op2, min(value, z)) == problem.parts["target"] for z in rest for op2 in "+-*")
-            for value, rest in ((apply_op(x, op, y), rest) for x, op, y, rest in first_moves(problem.parts["numbers"]))
-        ]
-        return sum(reached)
+        target, values = problem.parts["target"], [(apply_op(x, op, y), rest) for x, op, y, rest in first_moves(problem.parts["numbers"])]
+        return sum(any(apply_op(max(value, z), op, min(value, z)) == target for z in rest for op in "+-*") for value, rest in values)
     return len(problem.parts.get("chains") or problem.parts.get("terms") or []) or None
 
 
 def judge(problem, rollout, tokenizer):
     """What is kept of a response: {problem, response, right, valid, ..}, ready for jsonl."""
     text = response_text(tokenizer, rollout.ids)
-    blocks, boxed = parse_response(text).blocks, last_boxed(text)
+    parsed, boxed = parse_response(text), last_boxed(text)
+    blocks = parsed.blocks
     return {
         "problem": problem.question, "kind": problem.kind, "answer": problem.answer, "response": text, "right": problem.verify(text),
-        "valid": rollout.finish_reason == "stop" and format_score(text) == 0,
+        "valid": rollout.finish_reason == "stop" and not parsed.violations,
         "finish_reason": rollout.finish_reason, "error": rollout.error,
         "tokens": len(rollout.ids), "critical_path": rollout.critical_path, "branches": rollout.max_branches,
         "plans": sum(len(plans) for plans, _, _ in blocks), "parts": parts_of(problem),
@@ -400,12 +398,12 @@ def main():
            for name, key in (("acc %", "accuracy"), ("tok/path", "tokens/path"))}
         for r in judged
     ]  # fmt: skip
-    forked = [r for r in judged if r["plans"]]
     collapse = [
         {"checkpoint": r["checkpoint"], "mode": r["mode"]}
         | {f"{key} %": percent(r[key]) for key in ("single-plan blocks", "copied steps", "empty steps", "answer in a plan")}
         | {f"plans by {kind} parts": "  ".join(f"{parts}: {n:.1f}" for parts, n in m["plans by parts"].items()) for kind, m in r["kinds"].items()}
-        for r in forked
+        for r in judged
+        if r["plans"]
     ]
     head = f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, device {device}"
     text = f"{head}\n\n{table(rows)}\n\n{table(by_kind)}\n" + (f"\n{table(collapse)}\n" if collapse else "")
