@@ -71,9 +71,14 @@ smoke-real: $(VENV)
 
 # ---- the studies of README's "Measured" ----
 
-seeds: $(OUT)/eval.json
-	for seed in 1 2; do mkdir -p $(OUT)/seed$$seed && ln -sfn ../stage0 $(OUT)/seed$$seed/stage0 && $(MAKE) OUT=$(OUT)/seed$$seed \
-	  STAGE1="$(STAGE1) --seed $$seed" STAGE2="$(STAGE2) --seed $$seed" STAGE3="$(STAGE3) --seed $$seed" || exit 1; done
+# OMP_NUM_THREADS=1 make -j2 seeds runs both at once, on one core each
+seeds: $(OUT)/eval.json $(OUT)/seed1/eval.json $(OUT)/seed2/eval.json
+	$(PY) eval.py $(OUT) $(OUT)/seed1 $(OUT)/seed2 --summary
+
+$(OUT)/seed1/eval.json $(OUT)/seed2/eval.json: $(OUT)/seed%/eval.json: $(OUT)/stage0/$(DONE)
+	mkdir -p $(@D) && ln -sfn ../stage0 $(@D)/stage0
+	$(MAKE) OUT=$(@D) STAGE1="$(STAGE1) --seed $*" STAGE2="$(STAGE2) --seed $*" STAGE3="$(STAGE3) --seed $*" $(@D)/stage3/$(DONE)
+	$(RUN) eval.py $(@D)/stage1 $(@D)/stage2 $(@D)/stage3 --out $(@D) --timed 0 $(EVAL)
 
 $(OUT)/stage2_seq/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage2_beta.py --sequential --init $(OUT)/stage1 --data $(OUT)/stage2/data --out $(OUT)/stage2_seq $(STAGE2)

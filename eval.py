@@ -5,6 +5,7 @@ In : checkpoint folders.      Out: a table, and in --out: eval.json, eval.txt, r
     python eval.py out/stage0 out/stage1 out/stage2 out/stage3
     python eval.py out/stage3 out/stage3_seq --split hard --n 100 --out out/hard
     python eval.py out/stage1 out/stage2 out/stage3 --curves assets/curves.png        # what the stages logged, as a picture
+    python eval.py out out/seed1 out/seed2 --summary                 # finished judgements of several seeds, as one table
     python eval.py out/npr --bench aime25 math500 --k 8 --out out/real      # real problems: responses kept, resumable by problem
 
 Each checkpoint is decoded in the mode it was made for: a base is asked plainly, and asked for the format; a stage-1 checkpoint and
@@ -245,7 +246,7 @@ def agreement(engine, problems, mode, args, rollouts, most=200):
     chosen = [(p, r) for p, rs in zip(problems, rollouts) for r in rs][:most]
     sequences = [Sequence(prompt_ids(engine.tokenizer, p.question, system), r.ids, r.layout) for p, r in chosen]
     worst = 0.0
-    for rows, ids, laid, mask in batches(sequences, 16_384, engine.model.device):
+    for rows, ids, laid, mask in batches(sequences, 2_048, engine.model.device):
         ours = token_logprobs(engine.model, ids, laid)[0][mask].cpu()
         theirs = torch.tensor([x for i in rows for x in chosen[i][1].logprobs])
         sampled = ~torch.tensor([f for i in rows for f in chosen[i][1].forced])
@@ -312,6 +313,33 @@ def draw_curves(folders, file):
     print(f"wrote {file}")
 
 
+def summarise(folders):
+    """Several judgements of the same stages (one folder with an eval.json for each seed) as one table: mean over them, and their range."""
+    rows = {}
+    for folder in folders:
+        file = Path(folder) / "eval.json"
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; expected a folder that eval.py wrote to (--out)")
+        for r in json.loads(file.read_text())["checkpoints"]:
+            rows.setdefault((Path(r["checkpoint"]).name, r["mode"]), []).append(r)
+    percent = ("accuracy", "greedy", "valid", "parallel")
+
+    def cell(results, key):
+        values = [r[key] * (100 if key in percent else 1) for r in results]
+        digits = 2 if key == "tokens/path" else 1
+        return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+    keys = (*percent, "plans", "tokens", "critical path", "tokens/path")
+    return table(
+        [
+            {"checkpoint": stage, "mode": mode, "runs": str(len(results))}
+            | {f"{key} %" if key in percent else key: cell(results, key) for key in keys}
+            | {f"{kind} acc %": cell([r["kinds"][kind] for r in results], "accuracy") for kind in results[0]["kinds"]}
+            for (stage, mode), results in rows.items()
+        ]
+    )
+
+
 def table(rows):
     """Rows of {column: text} as aligned plain text; the columns are those of the first row."""
     columns = list(rows[0])
@@ -338,11 +366,14 @@ def main():
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--timed", type=int, default=12, help="problems decoded alone (batch 1), every checkpoint in turn, for time to answer")
     p.add_argument("--curves", default="", help="judge nothing; draw the folders' log.jsonl into this picture (needs matplotlib)")
+    p.add_argument("--summary", action="store_true", help="judge nothing; mean and range over the eval.json of the folders (seeds)")
     p.add_argument("--seed", type=int, default=1234, help="of the problems and the sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
     args = p.parse_args()
     if args.curves:
         return draw_curves(args.checkpoints, args.curves)
+    if args.summary:
+        return print(summarise(args.checkpoints))
     device = pick_device(args.device)
     out, writes = Path(args.out), ranks()[0] == 0
     out.mkdir(parents=True, exist_ok=True)

@@ -190,7 +190,7 @@ def parse_args(argv=None):
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens")
     p.add_argument("--overlong-buffer", type=int, default=128, help="tokens before the budget over which the overlong penalty grows")
     p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts; 1 keeps the old log-probabilities exact")
-    p.add_argument("--micro-tokens", type=int, default=16_384, help="padded tokens per forward pass")
+    p.add_argument("--micro-tokens", type=int, default=0, help="padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU")
     p.add_argument("--recompute", action="store_true", help="compute activations anew for backward: a third slower, far less memory")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--save-every", type=int, default=10, help="steps between resume points, and between episode dumps")
@@ -202,6 +202,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)  # more outgrow a CPU's caches: 2.4x slower
     print_inherited(args.init)
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None

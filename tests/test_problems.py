@@ -40,7 +40,8 @@ def test_the_stated_answer_is_right_by_an_independent_calculation(kind, split):
                 ends.append(value)
             assert int(p.answer) == (max(ends) if "largest" in p.question else min(ends))
         elif kind == "sums":
-            assert int(p.answer) == eval(p.question.split(" ")[0]) % 100  # our own question, not model text
+            sums = __import__("re").sub(r"[A-H]:", "", p.question.split(" modulo")[0])  # A:37*6 -B:12*4 -> 37*6 -12*4
+            assert int(p.answer) == eval(sums) % 100  # our own question, not model text
         else:
             value, used = evaluate(p.answer)
             given, target = p.question.split(" make ")
@@ -51,8 +52,24 @@ def test_the_stated_answer_is_right_by_an_independent_calculation(kind, split):
 def test_hard_problems_have_more_parts_than_any_training_problem():
     assert all(p.question.count(":") == 8 for p in make_problems("chains", "hard", 20, 0))
     assert max(p.question.count(":") for p in make_problems("chains", "train", 200, 0)) <= 6
-    assert min(p.question.count("*") for p in make_problems("sums", "hard", 20, 0)) >= 6
+    assert max(p.question.count("*") for p in make_problems("sums", "train", 200, 0)) <= 6
+    assert min(p.question.count("*") for p in make_problems("sums", "hard", 20, 0)) >= 7
     assert all(len(p.parts["numbers"]) == 4 for p in make_problems("countdown", "hard", 20, 0))
+
+
+def test_training_problems_name_every_label_that_a_hard_one_names():
+    for kind in ("chains", "sums"):
+        named = {split: {label for p in make_problems(kind, split, 60, 0) for label in p.parts["labels"]} for split in ("train", "hard")}
+        assert named["hard"] <= named["train"]
+
+
+def test_a_countdown_tries_no_first_move_twice_and_lists_those_of_a_block_in_order():
+    rng = random.Random(0)
+    for p in make_problems("countdown", "train", 200, 0):
+        order = [f"{x}{op}{y}" for x, op, y, _ in stage0.first_moves(p.parts["numbers"])]
+        blocks = [[order.index(plan) for plan in plans] for plans, _, _ in stage0.work_out(p, rng, 0.05)[0]]
+        assert all(block == sorted(block) for block in blocks)
+        assert len({i for block in blocks for i in block}) == sum(map(len, blocks))
 
 
 def test_clean_worked_solutions_are_right_and_slips_make_some_wrong():
