@@ -87,16 +87,17 @@ $(OUT)/stage3_seq/$(DONE): $(OUT)/stage2_seq/$(DONE)
 	$(RUN) stage3_papo.py --sequential --init $(OUT)/stage2_seq --out $(OUT)/stage3_seq $(STAGE3)
 
 twins: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
-	$(RUN) eval.py $(OUT)/stage2 $(OUT)/stage2_seq $(OUT)/stage3 $(OUT)/stage3_seq --out $(OUT)/twins --timed 30 $(EVAL)
-	$(RUN) eval.py $(OUT)/stage3 $(OUT)/stage3_seq --out $(OUT)/twins/chains --kind chains --n 300 --timed 60 $(EVAL)
-	$(RUN) eval.py $(OUT)/stage3 $(OUT)/stage3_seq --out $(OUT)/twins/hard --split hard --n 501 --max-new-tokens 1280 $(EVAL)
+	$(RUN) eval.py $(OUT)/stage2_seq $(OUT)/stage3_seq --out $(OUT)/twins $(EVAL)
+	$(RUN) eval.py $(OUT)/stage2 --temperature 0.7 --greedy 3 --timed 0 --out $(OUT)/twins/cool $(EVAL)
+	$(RUN) eval.py $(OUT)/stage3 $(OUT)/stage3_seq --out $(OUT)/twins/chains --kind chains --n 300 --greedy 300 --timed 60 $(EVAL)
+	$(RUN) eval.py $(OUT)/stage3 $(OUT)/stage3_seq --out $(OUT)/twins/hard --split hard --n 300 --greedy 300 --max-new-tokens 1280 $(EVAL)
 
 ABLATIONS := papo group-std no-schema-filter clip-updates count-forced
 ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))
-	$(RUN) eval.py $(OUT)/stage2 $(ABLATIONS:%=$(OUT)/ablations/%) --out $(OUT)/ablations --timed 0 $(EVAL)
+	$(RUN) eval.py $(ABLATIONS:%=$(OUT)/ablations/%) --out $(OUT)/ablations --greedy 3 --timed 0 $(EVAL)
 
 $(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
-	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --steps 30 $(if $(filter-out papo,$*),--$*) $(if $(filter clip-updates,$*),3)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --steps 20 $(if $(filter-out papo,$*),--$*) $(if $(filter clip-updates,$*),3)
 
 curves:
 	$(PY) eval.py $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 $(wildcard $(OUT)/seed*/stage[123]) --curves assets/curves.png

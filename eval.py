@@ -357,6 +357,7 @@ def main():
     p.add_argument("--n", type=int, default=1002, help="problems, all kinds together")
     p.add_argument("--k", type=int, default=1, help="samples per problem at --temperature")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampled columns; a greedy column stands beside them")
+    p.add_argument("--greedy", type=int, default=501, help="how many of the problems are decoded greedily too")
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens, all branches together")
     p.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of tokens with this probability (paper: 0.7)")
     p.add_argument("--bench", nargs="+", default=[], choices=BENCHES, help="judge on these real benchmarks instead of made problems")
@@ -386,11 +387,11 @@ def main():
     with open(out / "responses.jsonl" if writes else os.devnull, "w") as responses:
         for path, mode in [pair for spec in args.checkpoints for pair in modes_of(spec)]:
             engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
-            print(f"{path} ({mode}): {len(problems)} problems of {args.split}, {args.k} samples each, then greedy")
+            print(f"{path} ({mode}): {len(problems)} problems of {args.split}, {args.k} samples each, then the first {min(args.greedy, args.n)} greedily")
             began = time.time()
             rollouts = decode(engine, problems, mode, args, args.k, args.temperature)
             speed = sum(len(r.ids) for rs in rollouts for r in rs) / (time.time() - began)
-            greedy = decode(engine, problems, mode, args, temperature=0.0)
+            greedy = decode(engine, problems[: args.greedy], mode, args, temperature=0.0)
             rows = [[judge(p, r, engine.tokenizer) for r in rs] for p, rs in zip(problems, rollouts)]
             result = {"checkpoint": path, "mode": mode} | measure(rows) | {"tokens/s": speed, "kinds": {}}
             result["greedy"] = measure([[judge(p, r, engine.tokenizer)] for p, [r] in zip(problems, greedy)])["accuracy"]
@@ -436,7 +437,7 @@ def main():
         for r in judged
         if r["plans"]
     ]
-    head = f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, device {device}"
+    head = f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, greedy on the first {len(greedy)}, device {device}"
     text = f"{head}\n\n{table(rows)}\n\n{table(by_kind)}\n" + (f"\n{table(collapse)}\n" if collapse else "")
     print("\n" + text)
     if not writes:

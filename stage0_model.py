@@ -1100,8 +1100,11 @@ class Run:
         print(f"wrote {self.path} ({time.time() - self.began:.0f} s)")
 
 
-def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99)):
+def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0):
     """AdamW on everything; with muon_lr > 0, Muon on the matrices of the blocks and AdamW on the rest.
+
+    gain_factor: the last norm's gains, which are the scale of the logits, learn so many times faster.  They are of size 1 where a matrix's
+    entries are of 0.05, so at the same rate they hardly move; and every token has a say in each, so their gradient is the least noisy of all.
 
     A weight that is not fp32 gets an fp32 master, `p.master`: added to a bf16 weight, a step of less than 1/256 of it is rounded away.
     Backward adds its gradients up in the master's, the optimizers step the masters, and `update` rounds them back into the model.
@@ -1119,7 +1122,9 @@ def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99)):
     taken = {id(p) for p in matrices}
     rest = [getattr(p, "master", p) for p in model.parameters() if id(p) not in taken]
     matrices = [getattr(p, "master", p) for p in matrices]
-    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0)]
+    gain = getattr(model.model["norm"].weight, "master", model.model["norm"].weight)
+    groups = [{"params": [p for p in rest if p is not gain]}, {"params": [gain], "lr": gain_factor * lr}]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0)]
     if muon_lr:
         optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01))
     for optimizer in optimizers:

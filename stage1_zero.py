@@ -179,11 +179,11 @@ def parse_args(argv=None):
     p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
     p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
     p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
-    p.add_argument("--steps", type=int, default=24, help="rollout batches")
+    p.add_argument("--steps", type=int, default=32, help="rollout batches")
     p.add_argument("--prompts", type=int, default=16, help="questions per step")
-    p.add_argument("--group-size", type=int, default=16, help="responses per question, G")
-    p.add_argument("--updates", type=int, default=2, help="optimizer updates per step, each on its share of the groups")
-    p.add_argument("--lr", type=float, default=1.5e-4, help="peak AdamW learning rate, falling to zero over the second half")
+    p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
+    p.add_argument("--updates", type=int, default=3, help="optimizer updates per step, each on its share of the groups")
+    p.add_argument("--lr", type=float, default=1.5e-4, help="peak AdamW learning rate, falling to zero over the last quarter")
     p.add_argument("--eps-low", type=float, default=0.2, help="lower clip of the ratio")
     p.add_argument("--eps-high", type=float, default=0.28, help="upper clip of the ratio (clip-higher)")
     p.add_argument("--max-rounds", type=int, default=3, help="dynamic sampling: at most this many rollout rounds per step")
@@ -247,7 +247,7 @@ def main():
         valid, accuracy, reward, length = (float(np.mean([j[i] for j in judged])) for i in range(4))
 
         # ---- advantage, loss, step: one update per share of the groups ----
-        set_lr(optimizers, min(1.0, step / 5, 2 * (args.steps + 1 - step) / args.steps))  # the fall at the end averages noise out
+        set_lr(optimizers, min(1.0, step / 5, 4 * (args.steps + 1 - step) / args.steps))  # the fall at the end averages noise out
         loss = entropy = clipped = norm = 0.0
         shares = [share for share in (groups[u :: args.updates] for u in range(args.updates)) if share]
         for share in shares:

@@ -142,7 +142,7 @@ def parse_args(argv=None):
     p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
     p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
     p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
-    p.add_argument("--problems", type=int, default=1800, help="questions to sample")
+    p.add_argument("--problems", type=int, default=1500, help="questions to sample")
     p.add_argument("--samples", type=int, default=2, help="responses per question, K")
     p.add_argument("--keep", type=int, default=2, help="accepted responses kept per question at most, m")
     p.add_argument("--keep-wrong", action="store_true", help="ablation: filter by format alone, wrong answers stay in")

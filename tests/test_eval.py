@@ -67,6 +67,20 @@ def test_curves_of_two_seeds_are_one_picture(tmp_path):
         judge.draw_curves([str(tmp_path)], tmp_path / "x.png")
 
 
+def test_a_summary_is_the_mean_over_seeds_and_their_range(tmp_path):
+    zeros = dict.fromkeys(("greedy", "valid", "parallel", "plans", "tokens", "critical path"), 0.0)
+    for seed, accuracy in (("a", 0.5), ("b", 0.8)):
+        (tmp_path / seed).mkdir()
+        result = zeros | {"accuracy": accuracy, "tokens/path": 2 * accuracy, "kinds": {"sums": {"accuracy": accuracy / 2}}}
+        result |= {"checkpoint": f"out/{seed}/stage3", "mode": "parallel"}
+        (tmp_path / seed / "eval.json").write_text(json.dumps({"checkpoints": [result]}))
+    head, _, row = judge.summarise([tmp_path / "a", tmp_path / "b"]).splitlines()
+    assert row.split()[:5] == ["stage3", "parallel", "2", "65.0", "(50.0-80.0)"]
+    assert "1.30 (1.00-1.60)" in row and row.endswith("32.5 (25.0-40.0)") and head.endswith("sums acc %")
+    with pytest.raises(stage0.UserError, match="eval.json: no such file"):
+        judge.summarise([tmp_path])
+
+
 def test_a_checkpoint_is_judged_in_the_mode_it_was_made_for(tmp_path, plain_tokenizer, tokenizer):
     for name, tok, args in [
         ("base", plain_tokenizer, {"steps": 1}), ("zero", plain_tokenizer, {"init": "base"}),
