@@ -130,3 +130,15 @@ def test_bf16_weights_give_the_fp32_logits_but_for_rounding(tmp_path, plain_toke
     assert 0 < (a - b).norm() / a.norm() < 0.03
     [[r]] = Engine(rounded, tokenizer).generate([ids[0].tolist()], parallel=False, max_new_tokens=5)
     assert len(r.ids) >= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gain_factor_speeds_up_the_gains_of_the_last_norm_and_nothing_else(dtype):
+    model = random_model(64).to(dtype)
+    optimizers = stage0.make_optimizers(model, 1e-3, gain_factor=5.0)
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    model(torch.arange(60).reshape(2, 30)).float().square().mean().backward()
+    stage0.update(model, optimizers)
+    for name, p in model.named_parameters():  # the first step of Adam is the learning rate, whatever the gradient
+        moved = (getattr(p, "master", p).detach() - before[name]).abs().max().item()
+        assert moved == pytest.approx(5e-3 if name == "model.norm.weight" else 1e-3, rel=0.01)

@@ -94,3 +94,15 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget():
             assert ids[b, mask[b]].tolist() == sequences[i].ids
         seen += rows
     assert sorted(seen) == list(range(40))
+
+
+def test_a_group_of_equal_rewards_changes_no_gradient():
+    """Stage 3 does not compute such groups; their tokens still count."""
+    logprobs = torch.randn(6, 4, requires_grad=True)
+    mask = torch.ones(6, 4, dtype=torch.bool)
+    A = papo_advantages([1, 1, 1, -1, 1, -1], [0, 0, 1, 1, 2, 2])
+    assert (A == 0).nonzero().flatten().tolist() == [0, 1]
+    whole = torch.autograd.grad(papo_loss(logprobs, A, mask), logprobs)[0]
+    learned = A != 0
+    part = torch.autograd.grad(papo_loss(logprobs[learned], A[learned], mask[learned], mask.sum()), logprobs)[0]
+    torch.testing.assert_close(whole, part)
