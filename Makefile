@@ -94,7 +94,7 @@ twins: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 
 ABLATIONS := papo group-std no-schema-filter clip-updates count-forced
 ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))
-	$(RUN) eval.py $(ABLATIONS:%=$(OUT)/ablations/%) --out $(OUT)/ablations --greedy 3 --timed 0 $(EVAL)
+	$(RUN) eval.py $(ABLATIONS:%=$(OUT)/ablations/%) --out $(OUT)/ablations --n 501 --greedy 3 --timed 0 $(EVAL)
 
 $(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --steps 20 $(if $(filter-out papo,$*),--$*) $(if $(filter clip-updates,$*),3)
