@@ -12,7 +12,7 @@ Everything parallel in this project derives from three integers per token, a fun
 
 A token sees what came before it, except its siblings: tokens of the same group (block) and another branch.
 
-    python engine.py --init out/stage3 "12 18 2 make 28?"        # decode one question, print the trajectory
+    python engine.py --init out/stage3 "2 12 18 make 28?"        # decode one question, print the trajectory
 """
 
 import argparse
