@@ -16,7 +16,6 @@ the sequential twins decode sequentially under the format prompt; stages 2 and 3
 import argparse
 import html
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -383,31 +382,30 @@ def main():
     problems = make_problems(args.kind, args.split, args.n, args.seed)
 
     # ---- every checkpoint, in every mode it is made for ----
-    judged, engines = [], []
-    with open(out / "responses.jsonl" if writes else os.devnull, "w") as responses:
-        for path, mode in [pair for spec in args.checkpoints for pair in modes_of(spec)]:
-            engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
-            print(f"{path} ({mode}): {len(problems)} problems of {args.split}, {args.k} samples each, then the first {min(args.greedy, args.n)} greedily")
-            began = time.time()
-            rollouts = decode(engine, problems, mode, args, args.k, args.temperature)
-            speed = sum(len(r.ids) for rs in rollouts for r in rs) / (time.time() - began)
-            greedy = decode(engine, problems[: args.greedy], mode, args, temperature=0.0)
-            rows = [[judge(p, r, engine.tokenizer) for r in rs] for p, rs in zip(problems, rollouts)]
-            result = {"checkpoint": path, "mode": mode} | measure(rows) | {"tokens/s": speed, "kinds": {}}
-            result["greedy"] = measure([[judge(p, r, engine.tokenizer)] for p, [r] in zip(problems, greedy)])["accuracy"]
-            for kind in dict.fromkeys(p.kind for p in problems):
-                result["kinds"][kind] = measure([rs for rs in rows if rs[0]["kind"] == kind])
-            result["logprob gap"] = agreement(engine, problems, mode, args, rollouts)
-            responses.writelines(json.dumps({"checkpoint": path, "mode": mode, **row}) + "\n" for rs in rows for row in rs)
-            if mode == "parallel":
-                traces = [
-                    (f"{p.question}   ({path}: {len(r.ids)} tokens, critical path {r.critical_path})", response_text(engine.tokenizer, r.ids))
-                    for p, [r] in list(zip(problems, greedy))[: 2 * len(KINDS)]
-                ]
-                if writes:
-                    write_atomic(out / "trace.html", lambda file: file.write_text(trace_page(traces)))
-            judged.append(result)
-            engines.append((engine, mode))
+    judged, engines, responses = [], [], []
+    for path, mode in [pair for spec in args.checkpoints for pair in modes_of(spec)]:
+        engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
+        print(f"{path} ({mode}): {len(problems)} problems of {args.split}, {args.k} samples each, then the first {min(args.greedy, args.n)} greedily")
+        began = time.time()
+        rollouts = decode(engine, problems, mode, args, args.k, args.temperature)
+        speed = sum(len(r.ids) for rs in rollouts for r in rs) / (time.time() - began)
+        greedy = decode(engine, problems[: args.greedy], mode, args, temperature=0.0)
+        rows = [[judge(p, r, engine.tokenizer) for r in rs] for p, rs in zip(problems, rollouts)]
+        result = {"checkpoint": path, "mode": mode} | measure(rows) | {"tokens/s": speed, "kinds": {}}
+        result["greedy"] = measure([[judge(p, r, engine.tokenizer)] for p, [r] in zip(problems, greedy)])["accuracy"]
+        for kind in dict.fromkeys(p.kind for p in problems):
+            result["kinds"][kind] = measure([rs for rs in rows if rs[0]["kind"] == kind])
+        result["logprob gap"] = agreement(engine, problems, mode, args, rollouts)
+        responses += [json.dumps({"checkpoint": path, "mode": mode, **row}) + "\n" for rs in rows for row in rs]
+        if mode == "parallel":
+            traces = [
+                (f"{p.question}   ({path}: {len(r.ids)} tokens, critical path {r.critical_path})", response_text(engine.tokenizer, r.ids))
+                for p, [r] in list(zip(problems, greedy))[: 2 * len(KINDS)]
+            ]
+            if writes:
+                write_atomic(out / "trace.html", lambda file: file.write_text(trace_page(traces)))
+        judged.append(result)
+        engines.append((engine, mode))
 
     for result, seconds in zip(judged, time_to_answer(engines, problems, args, device)):
         result["seconds to answer"] = seconds
@@ -442,6 +440,7 @@ def main():
     print("\n" + text)
     if not writes:
         return
+    write_atomic(out / "responses.jsonl", lambda file: file.write_text("".join(responses)))
     (out / "eval.txt").write_text(text)
     report = {"args": vars(args), "torch": torch.__version__, "device": str(device), "checkpoints": judged}
     write_atomic(out / "eval.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))

@@ -50,9 +50,9 @@ class UserError(Exception):
 # 1. The world: problems with many independent parts
 # ======================================================================================================================
 # Three kinds, chosen for what parallel thought can do to each:
-#   chains     decomposition: 2-6 independent chains of arithmetic, each long and inherently sequential; compare their ends
+#   chains     decomposition: 2-8 independent chains of arithmetic, each long and inherently sequential; compare their ends
 #   sums       decomposition with a sequential tail: independent products, then a running total modulo 100
-#   countdown  exploration: each plan is a first move towards a target, and few of the first moves work
+#   countdown  exploration: each plan is a first move towards a target, few of them work, and a block that found nothing is followed by another
 
 KINDS = ("chains", "sums", "countdown")
 SPLITS = ("train", "tune", "heldout", "hard")
@@ -156,10 +156,13 @@ def draw_labels(rng, n):
 
 
 def draw_problem(kind, rng, hard=False):
-    """One random problem.  `hard` has more and longer parts than any training problem."""
+    """One random problem.  `hard` is more than any training problem: chains of twice as many operations, sums of more terms, countdowns of
+    four numbers instead of three."""
     if kind == "chains":
-        labels = draw_labels(rng, 8 if hard else rng.randint(2, 6))
-        goal, length = rng.choice(["largest", "smallest"]), rng.randint(9, 10) if hard else rng.randint(6, 8)
+        # in training many chains are short ones: at most 40 operations in all.  Hard has 80, eight chains of ten: no more than that at once is new
+        labels = draw_labels(rng, 8 if hard else rng.randint(2, 8))
+        goal, most = rng.choice(["largest", "smallest"]), min(10, 40 // len(labels))
+        length = 10 if hard else rng.randint(min(6, most), most)
         chains, ends = [], []
         for _ in labels:  # all of one length: the longest branch sets the critical path
             start, ops = rng.randint(10, 99), []
@@ -383,7 +386,7 @@ def work_out(problem, rng, slip):
     """Rounds of worked parts, and how they end.
 
     Returns (rounds, answer): each round is (plans, steps, takeaway); all kinds need one round except a countdown whose moves so far
-    found nothing, which tries others in a further round or gives up, with equal odds.  For chains, e.g.
+    found nothing, which goes on with others in a further round or, one time in four, gives up.  For chains, e.g.
     plans ['A', 'B'], steps ['A12+5=17*3=51;a51', 'B40-7=33*2=66;b66'], takeaway 'a51b66', answer '66'.
     """
 
@@ -416,11 +419,11 @@ def work_out(problem, rng, slip):
             takeaway += f"{sign}{end}={total:02d}" if takeaway else end
         return [(plans, steps, takeaway)], f"{total:02d}"
     target, moves, rounds, found = parts["target"], first_moves(parts["numbers"]), [], None
+    start = rng.randrange(len(moves))
+    moves = moves[start:] + moves[:start]  # where to begin is open; from there once round: no move comes twice, and the end is in sight
     while not found and moves:
-        k = min(rng.choice((2, 2, 3, 3, 4, 5, 6, 7, 8)) if not rounds else rng.randint(2, 4), len(moves))
-        now = [moves[i] for i in sorted(rng.sample(range(len(moves)), k))]  # which ones is open, their order is not: no move comes twice
-        moves = [move for move in moves if move not in now]
-        steps = []
+        k = rng.randint(2, 4 if rounds else 5)
+        now, moves, steps = moves[:k], moves[k:], []
         for x, op, y, rest in now:
             value = slipped(apply_op(x, op, y), 1, 99)
             text, verdict = f"{x}{op}{y}={value};", "n"
@@ -437,7 +440,7 @@ def work_out(problem, rng, slip):
             steps.append(f"{text};{verdict}")
             found = found or (verdict[1:] or None)
         rounds.append(([f"{x}{op}{y}" for x, op, y, _ in now], steps, found or "none"))
-        if not found and rng.random() < 0.5:
+        if not found and rng.random() < 0.25:
             break
     x, op, y, _ = now[-1]
     return rounds, found or f"{x}{op}{y}"  # gives up with the last first move: a wrong answer, and an honest one

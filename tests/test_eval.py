@@ -1,6 +1,7 @@
 """The judge's arithmetic, by hand."""
 
 import json
+import sys
 
 import pytest
 
@@ -107,3 +108,11 @@ def test_table_aligns_columns():
 def test_unknown_mode_is_refused():
     with pytest.raises(stage0.UserError, match="unknown mode"):
         judge.modes_of("out/stage0=sideways")
+
+
+def test_an_evaluation_that_fails_leaves_the_finished_one_alone(tmp_path, monkeypatch):
+    (tmp_path / "responses.jsonl").write_text("finished")
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "nowhere=plain"), "--out", str(tmp_path)])
+    with pytest.raises(stage0.UserError, match="no such checkpoint folder"):
+        judge.main()
+    assert (tmp_path / "responses.jsonl").read_text() == "finished"

@@ -156,7 +156,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path,
         (["stage3_papo.py", "--init", "{plain}", "--out", "{tmp}/o"], "needs a checkpoint from stage 2 or 3"),
         (["engine.py", "--init", "{plain}", "1*2 total?"], "needs a checkpoint from stage 2 or 3"),
         (["engine.py", "--init", "{tagged}", "1*2 total?", "--max-new-tokens", "99999999"], "exceed the KV budget"),
-        (["eval.py", "{plain}=upside-down"], "unknown mode 'upside-down'"),
+        (["eval.py", "{plain}=upside-down", "--out", "{tmp}/o"], "unknown mode 'upside-down'"),
         (["stage1_zero.py", "--kind", "riddles"], "invalid choice: 'riddles'"),
         (["stage3_papo.py", "--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
         pytest.param(
