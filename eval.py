@@ -382,7 +382,7 @@ def main():
     problems = make_problems(args.kind, args.split, args.n, args.seed)
 
     # ---- every checkpoint, in every mode it is made for ----
-    judged, engines, responses = [], [], []
+    judged, engines, responses, outcomes = [], [], [], []  # outcomes: right or wrong, (row of the table, problem, sample)
     for path, mode in [pair for spec in args.checkpoints for pair in modes_of(spec)]:
         engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
         print(f"{path} ({mode}): {len(problems)} problems of {args.split}, {args.k} samples each, then the first {min(args.greedy, args.n)} greedily")
@@ -404,6 +404,9 @@ def main():
             ]
             if writes:
                 write_atomic(out / "trace.html", lambda file: file.write_text(trace_page(traces)))
+        outcomes.append(np.array([[row["right"] for row in rs] for rs in rows], dtype=float))
+        for name, earlier in (("minus row above", outcomes[-2:-1]), ("minus first row", outcomes[:-1][:1])):  # paired: the same problems
+            result[name] = mean_and_ci(outcomes[-1] - earlier[0]) if earlier else None
         judged.append(result)
         engines.append((engine, mode))
 
@@ -416,6 +419,7 @@ def main():
         {
             "checkpoint": r["checkpoint"], "mode": r["mode"], "accuracy %": f"{percent(r['accuracy'])} ±{percent(r['accuracy ci95'])}",
             **({"best@k %": percent(r["best@k"])} if args.k > 1 else {}),
+            **{key: f"{100 * r[key][0]:+.1f} ±{percent(r[key][1])}" if r[key] else "-" for key in ("minus row above", "minus first row")},
             "greedy %": percent(r["greedy"]), "valid %": percent(r["valid"]), "parallel %": percent(r["parallel"]), "plans": f"{r['plans']:.1f}",
             "tokens": f"{r['tokens']:.0f}", "crit. path": f"{r['critical path']:.0f}", "tokens/path": f"{r['tokens/path']:.2f}",
             "tokens/s": f"{r['tokens/s']:.0f}", "s/answer": f"{r['seconds to answer']:.3f}", "logp gap": f"{r['logprob gap']:.0e}",
@@ -424,8 +428,8 @@ def main():
     ]  # fmt: skip
     by_kind = [
         {"checkpoint": r["checkpoint"], "mode": r["mode"]}
-        | {f"{kind} {name}": f"{100 * m[key]:.1f}" if name == "acc %" else f"{m[key]:.2f}" for kind, m in r["kinds"].items()
-           for name, key in (("acc %", "accuracy"), ("tok/path", "tokens/path"))}
+        | {f"{kind} {name}": text for kind, m in r["kinds"].items() for name, text in (
+               ("acc %", f"{percent(m['accuracy'])} ±{percent(m['accuracy ci95'])}"), ("valid %", percent(m["valid"])), ("tok/path", f"{m['tokens/path']:.2f}"))}
         for r in judged
     ]  # fmt: skip
     collapse = [
