@@ -50,9 +50,10 @@ class UserError(Exception):
 # 1. The world: problems with many independent parts
 # ======================================================================================================================
 # Three kinds, chosen for what parallel thought can do to each:
-#   chains     decomposition: 2-8 independent chains of arithmetic, each long and inherently sequential; compare their ends
+#   chains     decomposition: of up to 8 independent chains of arithmetic, each inherently sequential, work 2-8 and compare their ends
 #   sums       decomposition with a sequential tail: independent products, then a running total modulo 100
-#   countdown  exploration: each plan is a first move towards a target, few of them work, and a block that found nothing is followed by another
+#   countdown  exploration: each plan is a first move towards a target; a block that found nothing is followed by one with other moves, until
+#              one leads there or none is left
 
 KINDS = ("chains", "sums", "countdown")
 SPLITS = ("train", "tune", "heldout", "hard")
@@ -79,8 +80,8 @@ class Problem:
     def verify(self, response_text):
         r"""True if the last `\boxed{}` after the last block is a right answer.  Boxes inside a block do not count.
 
-        `countdown` accepts every expression that uses each given number at most once and reaches the target; real problems are left to
-        the JUDGES of section 1b.
+        `countdown` accepts every expression that uses each given number at most once and reaches the target, and where there is none, only
+        the word none; real problems are left to the JUDGES of section 1b.
         """
         boxed = last_boxed(ANY_TAG.split(response_text)[-1])
         if boxed is None:
@@ -88,6 +89,8 @@ class Problem:
         if self.kind in JUDGES:
             return JUDGES[self.kind](boxed, self.answer)
         if self.kind == "countdown":
+            if self.answer == "none":
+                return boxed.strip() == "none"
             value, used = evaluate(boxed)
             left = list(self.parts["numbers"])
             for number in used:
@@ -150,6 +153,17 @@ def first_moves(numbers):
     return moves
 
 
+def reachable(numbers):
+    """Absolute value of everything that + - * can make of some of the numbers, each used at most once: [2, 3] -> {1, 2, 3, 5, 6}."""
+    values = set(numbers)
+    for i in range(len(numbers)):
+        for j in range(i):
+            rest = [n for m, n in enumerate(numbers) if m not in (i, j)]
+            for op in "+-*":
+                values |= reachable([abs(apply_op(numbers[i], op, numbers[j])), *rest])
+    return values
+
+
 def draw_labels(rng, n):
     """n letters of A..H in order, not always the first n: a training problem of two parts may name G and H, so hard ones name nothing new."""
     return sorted(rng.sample("ABCDEFGH", n))
@@ -159,11 +173,12 @@ def draw_problem(kind, rng, hard=False):
     """One random problem.  `hard` is more than any training problem: chains of twice as many operations, sums of more terms, countdowns of
     four numbers instead of three."""
     if kind == "chains":
-        # in training many chains are short ones: at most 40 operations in all.  Hard has 80, eight chains of ten: no more than that at once is new
-        labels = draw_labels(rng, 8 if hard else rng.randint(2, 8))
-        goal, most = rng.choice(["largest", "smallest"]), min(10, 40 // len(labels))
-        length = 10 if hard else rng.randint(min(6, most), most)
-        chains, ends = [], []
+        # In training no more than 40 operations are asked for: few long chains or many short ones.  Hard asks for 80, eight chains of ten: that
+        # it is all of them at once is new, not a list of eight, a chain of ten, or a question of eight tens (some chains are not asked for).
+        n = 8 if hard else rng.randint(2, 8)
+        most = min(10, 40 // n)
+        length, labels = 10 if hard else rng.randint(min(6, most), most), draw_labels(rng, rng.randint(n, 8))
+        asked, goal, chains, ends = sorted(rng.sample(labels, n)), rng.choice(["largest", "smallest"]), [], []
         for _ in labels:  # all of one length: the longest branch sets the critical path
             start, ops = rng.randint(10, 99), []
             for _ in range(length):
@@ -175,8 +190,11 @@ def draw_problem(kind, rng, hard=False):
             chains.append((start, ops))
             ends.append(value)
         written = " ".join(f"{c}:{s}" + "".join(f"{op}{n}" for op, n in ops) for c, (s, ops) in zip(labels, chains))
+        ends = [end for label, end in zip(labels, ends) if label in asked]
         answer = f"{max(ends) if goal == 'largest' else min(ends):02d}"
-        return Problem(kind, f"{written} modulo 100, {goal} end?", answer, {"chains": chains, "labels": labels, "goal": goal})
+        chains = [chain for label, chain in zip(labels, chains) if label in asked]
+        question = f"{written} modulo 100, {goal} of {' '.join(asked)}?"
+        return Problem(kind, question, answer, {"chains": chains, "labels": asked, "goal": goal})
     if kind == "sums":
         terms = [
             (rng.choice("+-") if i else "+", rng.randint(11, 49), rng.randint(2, 9))
@@ -193,9 +211,11 @@ def draw_problem(kind, rng, hard=False):
             x, op, y, rest = rng.choice(first_moves(numbers))
             value, z, op2 = apply_op(x, op, y), rng.choice(rest), rng.choice("+-*")
             target = apply_op(max(value, z), op2, min(value, z))
-            if 10 <= target <= 99 and target not in numbers:
+            answer = f"({x}{op}{y}){op2}{z}" if value >= z or op2 != "-" else f"{z}{op2}({x}{op}{y})"
+            if not hard and rng.random() < 0.2:  # so that it can be right to find nothing, and a search learns to come to an end
+                target, answer = rng.randint(10, 99), "none"
+            if 10 <= target <= 99 and target not in numbers and (answer != "none" or target not in reachable(numbers)):
                 break
-        answer = f"({x}{op}{y}){op2}{z}" if value >= z or op2 != "-" else f"{z}{op2}({x}{op}{y})"
         question = " ".join(map(str, numbers)) + f" make {target}?"
         return Problem(kind, question, answer, {"numbers": numbers, "target": target})
     raise ValueError(f"unknown problem kind {kind!r}: expected one of {', '.join(KINDS)} or all")
@@ -386,7 +406,7 @@ def work_out(problem, rng, slip):
     """Rounds of worked parts, and how they end.
 
     Returns (rounds, answer): each round is (plans, steps, takeaway); all kinds need one round except a countdown whose moves so far
-    found nothing, which goes on with others in a further round or, one time in four, gives up.  For chains, e.g.
+    found nothing, which goes on with the next ones in a further round.  For chains, e.g.
     plans ['A', 'B'], steps ['A12+5=17*3=51;a51', 'B40-7=33*2=66;b66'], takeaway 'a51b66', answer '66'.
     """
 
@@ -419,10 +439,8 @@ def work_out(problem, rng, slip):
             takeaway += f"{sign}{end}={total:02d}" if takeaway else end
         return [(plans, steps, takeaway)], f"{total:02d}"
     target, moves, rounds, found = parts["target"], first_moves(parts["numbers"]), [], None
-    start = rng.randrange(len(moves))
-    moves = moves[start:] + moves[:start]  # where to begin is open; from there once round: no move comes twice, and the end is in sight
     while not found and moves:
-        k = rng.randint(2, 4 if rounds else 5)
+        k = rng.randint(2, 4 if rounds else 6)  # how many to try at once is open, their order is not: none comes twice, and the end is in sight
         now, moves, steps = moves[:k], moves[k:], []
         for x, op, y, rest in now:
             value = slipped(apply_op(x, op, y), 1, 99)
@@ -440,10 +458,7 @@ def work_out(problem, rng, slip):
             steps.append(f"{text};{verdict}")
             found = found or (verdict[1:] or None)
         rounds.append(([f"{x}{op}{y}" for x, op, y, _ in now], steps, found or "none"))
-        if not found and rng.random() < 0.25:
-            break
-    x, op, y, _ = now[-1]
-    return rounds, found or f"{x}{op}{y}"  # gives up with the last first move: a wrong answer, and an honest one
+    return rounds, found or "none"
 
 
 def plain_solution(rounds, answer):
@@ -1226,13 +1241,13 @@ def measure_base(path, n, seed, device):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/stage0", help="folder to write the checkpoint to")
-    p.add_argument("--steps", type=int, default=2800, help="optimizer steps")
+    p.add_argument("--steps", type=int, default=2400, help="optimizer steps")
     p.add_argument("--batch-tokens", type=int, default=4_096, help="tokens per optimizer step, prompts included")
     p.add_argument("--micro-batches", type=int, default=3, help="pieces a step is cut into, by document length: two leave 24 %% of padding, three 15 %%")
     p.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate (embeddings and norms)")
     p.add_argument("--muon-lr", type=float, default=4e-3, help="Muon learning rate (matrices)")
     p.add_argument("--warmdown", type=float, default=0.3, help="share of the steps over which the rate falls to zero at the end")
-    p.add_argument("--slip", type=float, default=0.05, help="probability that a single result in the corpus is wrong")
+    p.add_argument("--slip", type=float, default=0.06, help="probability that a single result in the corpus is wrong")
     p.add_argument("--valid-share", type=float, default=0.25, help="share of format-asking documents that are perfect")
     p.add_argument("--malformed-share", type=float, default=0.15, help="share of format-asking documents that nearly are")
     p.add_argument("--hidden-size", type=int, default=128, help="width of the model, C")

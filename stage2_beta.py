@@ -149,7 +149,7 @@ def parse_args(argv=None):
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     p.add_argument("--sequential", action="store_true", help="the twin SR-BETA: same data and updates, causal mask, all tokens learned")
-    p.add_argument("--epochs", type=float, default=6.0, help="passes over the accepted samples")
+    p.add_argument("--epochs", type=float, default=4.0, help="passes over the accepted samples")
     p.add_argument("--batch-tokens", type=int, default=2_048, help="padded tokens per update")
     p.add_argument("--micro-tokens", type=int, default=0, help="padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU")
     p.add_argument("--lr", type=float, default=2e-3, help="peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model")

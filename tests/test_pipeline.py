@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_model
@@ -52,6 +53,21 @@ def test_smoke_rollouts_of_stage_3_fork_for_real(smoke):
     out, _, _ = smoke
     report = json.loads((out / "eval.json").read_text())["checkpoints"][-1]
     assert report["parallel"] > 0 and report["critical path"] < report["tokens"]
+
+
+def test_the_table_compares_rows_on_the_same_problems(smoke):
+    out, _, _ = smoke
+    judged, right = json.loads((out / "eval.json").read_text())["checkpoints"], {}
+    for line in (out / "responses.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        right.setdefault((row["checkpoint"], row["mode"]), []).append(row["right"])
+    rights = [np.array(right[r["checkpoint"], r["mode"]], dtype=float) for r in judged]
+    assert judged[0]["minus row above"] is judged[0]["minus first row"] is None
+    for i in range(1, len(judged)):
+        for name, other in (("minus row above", i - 1), ("minus first row", 0)):
+            difference = rights[i] - rights[other]
+            half = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
+            assert judged[i][name] == pytest.approx([difference.mean(), half])
 
 
 def test_finished_stages_are_not_run_again(smoke):

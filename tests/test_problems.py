@@ -1,6 +1,8 @@
 """The synthetic world: splits, verifier, corpus."""
 
+import itertools
 import random
+import re
 
 import pytest
 
@@ -30,22 +32,30 @@ def test_the_corpus_never_holds_a_heldout_or_tune_question():
 def test_the_stated_answer_is_right_by_an_independent_calculation(kind, split):
     for p in make_problems(kind, split, 60, seed=0):
         if kind == "chains":
-            ends = []
+            asked, ends = p.question.rstrip("?").split(" of ")[1].split(" "), []
             for chain in p.question.split(" modulo")[0].split(" "):
+                if chain[0] not in asked:
+                    continue
                 body, value = chain[2:], None
-                numbers, ops = [int(x) for x in __import__("re").split(r"[-+*]", body)], [c for c in body if c in "+-*"]
+                numbers, ops = [int(x) for x in re.split(r"[-+*]", body)], [c for c in body if c in "+-*"]
                 value = numbers[0]
                 for op, n in zip(ops, numbers[1:]):  # left to right, no precedence
                     value = {"+": value + n, "-": value - n, "*": value * n}[op] % 100
                 ends.append(value)
             assert int(p.answer) == (max(ends) if "largest" in p.question else min(ends))
         elif kind == "sums":
-            sums = __import__("re").sub(r"[A-H]:", "", p.question.split(" modulo")[0])  # A:37*6 -B:12*4 -> 37*6 -12*4
+            sums = re.sub(r"[A-H]:", "", p.question.split(" modulo")[0])  # A:37*6 -B:12*4 -> 37*6 -12*4
             assert int(p.answer) == eval(sums) % 100  # our own question, not model text
         else:
-            value, used = evaluate(p.answer)
-            given, target = p.question.split(" make ")
-            assert value == int(target.rstrip("?")) and set(used) <= set(map(int, given.split()))
+            given, target = ([int(n) for n in side.rstrip("?").split()] for side in p.question.split(" make "))
+            if p.answer == "none":
+                for a, b, c in itertools.permutations(given):
+                    for first, second in itertools.product("+-*", repeat=2):
+                        tries = f"{a}{first}{b}", f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"
+                        assert target[0] not in [eval(text) for text in tries]  # our own text, not a model's
+            else:
+                value, used = evaluate(p.answer)
+                assert [value] == target and set(used) <= set(given)
         assert p.verify(f"so \\boxed{{{p.answer}}}")
 
 
@@ -60,31 +70,43 @@ def test_hard_problems_are_more_than_any_training_problem():
     assert all(len(p.parts["numbers"]) == 4 for p in make_problems("countdown", "hard", 20, 0))
 
 
+def test_nothing_of_a_hard_chains_problem_is_new_but_that_it_is_all_at_once():
+    seen = {split: make_problems("chains", split, 600, 0) for split in ("train", "hard")}
+    for measure in (lambda p: p.question.count(":"), lambda p: len(p.parts["labels"]), lambda p: len(p.parts["chains"][0][1])):
+        assert max(map(measure, seen["hard"])) == max(map(measure, seen["train"]))
+    longest = {split: max(len(p.question) for p in problems) for split, problems in seen.items()}
+    assert longest["train"] > 0.95 * longest["hard"]  # 600 problems may miss the very longest question
+
+
+def test_some_countdowns_of_the_training_kind_have_no_solution_and_none_of_the_hard_ones():
+    share = {split: sum(p.answer == "none" for p in make_problems("countdown", split, 300, 0)) / 300 for split in ("train", "hard")}
+    assert 0.1 < share["train"] < 0.3 and share["hard"] == 0
+
+
 def test_training_problems_name_every_label_that_a_hard_one_names():
     for kind in ("chains", "sums"):
         named = {split: {label for p in make_problems(kind, split, 60, 0) for label in p.parts["labels"]} for split in ("train", "hard")}
         assert named["hard"] <= named["train"]
 
 
-def test_a_countdown_goes_once_round_its_first_moves_and_tries_none_twice():
+def test_a_countdown_tries_its_first_moves_in_order_until_one_leads_there_or_none_is_left():
     rng = random.Random(0)
     for p in make_problems("countdown", "train", 200, 0):
         order = [f"{x}{op}{y}" for x, op, y, _ in stage0.first_moves(p.parts["numbers"])]
-        tried = [order.index(plan) for plans, _, _ in stage0.work_out(p, rng, 0.05)[0] for plan in plans]
-        assert tried == [(tried[0] + i) % len(order) for i in range(len(tried))] and len(tried) <= len(order)
+        rounds, answer = stage0.work_out(p, rng, 0.0)
+        tried = [plan for plans, _, _ in rounds for plan in plans]
+        assert tried == order[: len(tried)] and (answer != "none" or len(tried) == len(order))
+        assert all(takeaway == "none" for _, _, takeaway in rounds[:-1]) and rounds[-1][2] == answer
 
 
 def test_clean_worked_solutions_are_right_and_slips_make_some_wrong():
     rng = random.Random(0)
-    for kind in ("chains", "sums"):
+    for kind in KINDS:
         problems = make_problems(kind, "train", 100, 0)
         assert all(p.verify(stage0.tagged_solution(*stage0.work_out(p, rng, 0.0))) for p in problems)
+        assert all(p.verify(stage0.plain_solution(*stage0.work_out(p, rng, 0.0))) for p in problems)
         slipped = sum(p.verify(stage0.tagged_solution(*stage0.work_out(p, rng, 0.05))) for p in problems)
-        assert 20 < slipped < 95
-    problems = make_problems("countdown", "train", 100, 0)
-    for p in problems:
-        rounds, answer = stage0.work_out(p, rng, 0.0)
-        assert p.verify(stage0.plain_solution(rounds, answer)) == (rounds[-1][2] != "none")
+        assert 20 < slipped < 100
 
 
 def test_no_malformed_corpus_document_has_fewer_tokens_than_its_valid_form(plain_tokenizer):
@@ -132,6 +154,13 @@ def test_verifier_reads_only_the_last_box_after_the_last_block(text, right):
 def test_countdown_accepts_any_expression_that_uses_each_number_once(answer, right):
     p = stage0.Problem("countdown", "3 9 14 make 15?", "(14-9)*3", {"numbers": [3, 9, 14], "target": 15})
     assert p.verify(f"\\boxed{{{answer}}}") is right
+
+
+def test_where_nothing_reaches_the_target_only_the_word_none_is_right():
+    p = stage0.Problem("countdown", "3 9 14 make 16?", "none", {"numbers": [3, 9, 14], "target": 16})
+    assert p.verify("\\boxed{none}") and not p.verify("\\boxed{14+2}") and not p.verify("\\boxed{None of them}")
+    assert not stage0.Problem("countdown", "3 9 14 make 15?", "(14-9)*3", p.parts | {"target": 15}).verify("\\boxed{none}")
+    assert stage0.reachable([2, 3]) == {1, 2, 3, 5, 6}
 
 
 def test_small_readers_do_what_their_docstrings_say():
