@@ -77,7 +77,7 @@ def parse_args(argv=None):
     p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
     p.add_argument("--lr", type=float, default=1e-4, help="peak AdamW learning rate, falling to zero over the last quarter")
     p.add_argument("--muon-lr", type=float, default=0.0, help="peak Muon learning rate of the matrices; 0: AdamW does it all")
-    p.add_argument("--gain-factor", type=float, default=200, help="the scale of the logits (gains of the last norm) learns so many times faster")
+    p.add_argument("--gain-factor", type=float, default=400, help="the scale of the logits (gains of the last norm) learns so many times faster")
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens, all branches together")
     p.add_argument("--max-branches", type=int, default=8, help="most plans a guideline may have")
     p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts")
