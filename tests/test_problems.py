@@ -106,7 +106,7 @@ def test_clean_worked_solutions_are_right_and_slips_make_some_wrong():
         assert all(p.verify(stage0.tagged_solution(*stage0.work_out(p, rng, 0.0))) for p in problems)
         assert all(p.verify(stage0.plain_solution(*stage0.work_out(p, rng, 0.0))) for p in problems)
         slipped = sum(p.verify(stage0.tagged_solution(*stage0.work_out(p, rng, 0.05))) for p in problems)
-        assert 20 < slipped < 100
+        assert 20 < slipped < (100 if kind == "countdown" else 95)  # most countdowns have more than one way
 
 
 def test_no_malformed_corpus_document_has_fewer_tokens_than_its_valid_form(plain_tokenizer):
