@@ -78,7 +78,7 @@ seeds: $(OUT)/eval.json $(OUT)/seed1/eval.json $(OUT)/seed2/eval.json
 $(OUT)/seed1/eval.json $(OUT)/seed2/eval.json: $(OUT)/seed%/eval.json: $(OUT)/stage0/$(DONE)
 	mkdir -p $(@D) && ln -sfn ../stage0 $(@D)/stage0
 	$(MAKE) OUT=$(@D) STAGE1="$(STAGE1) --seed $*" STAGE2="$(STAGE2) --seed $*" STAGE3="$(STAGE3) --seed $*" $(@D)/stage3/$(DONE)
-	$(RUN) eval.py $(@D)/stage1 $(@D)/stage2 $(@D)/stage3 --out $(@D) --timed 0 $(EVAL)
+	$(RUN) eval.py $(@D)/stage1 $(@D)/stage2 $(@D)/stage3 --out $(@D) --greedy 3 --timed 0 $(EVAL)
 
 $(OUT)/stage2_seq/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage2_beta.py --sequential --init $(OUT)/stage1 --data $(OUT)/stage2/data --out $(OUT)/stage2_seq $(STAGE2)
@@ -97,7 +97,7 @@ ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))
 	$(RUN) eval.py $(ABLATIONS:%=$(OUT)/ablations/%) --out $(OUT)/ablations --n 501 --greedy 3 --timed 0 $(EVAL)
 
 $(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
-	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --steps 20 $(if $(filter-out papo,$*),--$*) $(if $(filter clip-updates,$*),3)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --steps 16 $(if $(filter-out papo,$*),--$*) $(if $(filter clip-updates,$*),3)
 
 curves:
 	$(PY) eval.py $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 $(wildcard $(OUT)/seed*/stage[123]) --curves assets/curves.png

@@ -139,7 +139,7 @@ def measure(judged):
         "answer in a plan": mean("answer_in_plan"),
         "plans by parts": {
             parts: float(np.mean([row["plans"] for row in flat if row["parts"] == parts]))
-            for parts in sorted({row["parts"] for row in flat if row["parts"]})
+            for parts in sorted({row["parts"] for row in flat} - {None})  # 0: a countdown that cannot be reached
         },
     }
 

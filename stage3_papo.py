@@ -72,7 +72,7 @@ def parse_args(argv=None):
     p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
     p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
     p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
-    p.add_argument("--steps", type=int, default=40, help="rollout batches, one update each")
+    p.add_argument("--steps", type=int, default=48, help="rollout batches, one update each")
     p.add_argument("--prompts", type=int, default=24, help="questions per step")
     p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
     p.add_argument("--lr", type=float, default=1e-4, help="peak AdamW learning rate, falling to zero over the last quarter")
