@@ -321,18 +321,23 @@ def summarise(folders):
             raise UserError(f"{file}: no such file; expected a folder that eval.py wrote to (--out)")
         for r in json.loads(file.read_text())["checkpoints"]:
             rows.setdefault((Path(r["checkpoint"]).name, r["mode"]), []).append(r)
-    percent = ("accuracy", "greedy", "valid", "parallel")
+    percent = ("accuracy", "valid", "parallel")
 
     def cell(results, key):
         values = [r[key] * (100 if key in percent else 1) for r in results]
         digits = 2 if key == "tokens/path" else 1
         return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
+    def gain(results):  # over the stage before; a folder that does not hold that stage has none
+        values = [100 * r["minus row above"][0] for r in results if r["minus row above"]]
+        return f"{np.mean(values):+.1f} ({min(values):+.1f} to {max(values):+.1f})" if len(values) == len(results) else "-"
+
     keys = (*percent, "plans", "tokens", "critical path", "tokens/path")
     return table(
         [
             {"checkpoint": stage, "mode": mode, "runs": str(len(results))}
             | {f"{key} %" if key in percent else key: cell(results, key) for key in keys}
+            | {"minus row above": gain(results)}
             | {f"{kind} acc %": cell([r["kinds"][kind] for r in results], "accuracy") for kind in results[0]["kinds"]}
             for (stage, mode), results in rows.items()
         ]

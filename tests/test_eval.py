@@ -69,15 +69,16 @@ def test_curves_of_two_seeds_are_one_picture(tmp_path):
 
 
 def test_a_summary_is_the_mean_over_seeds_and_their_range(tmp_path):
-    zeros = dict.fromkeys(("greedy", "valid", "parallel", "plans", "tokens", "critical path"), 0.0)
+    zeros = dict.fromkeys(("valid", "parallel", "plans", "tokens", "critical path"), 0.0)
+    gain = {"a": [0.1, 0.02], "b": [-0.05, 0.02]}  # a paired difference and half of its interval
     for seed, accuracy in (("a", 0.5), ("b", 0.8)):
         (tmp_path / seed).mkdir()
         result = zeros | {"accuracy": accuracy, "tokens/path": 2 * accuracy, "kinds": {"sums": {"accuracy": accuracy / 2}}}
-        result |= {"checkpoint": f"out/{seed}/stage3", "mode": "parallel"}
+        result |= {"checkpoint": f"out/{seed}/stage3", "mode": "parallel", "minus row above": gain[seed]}
         (tmp_path / seed / "eval.json").write_text(json.dumps({"checkpoints": [result]}))
     head, _, row = judge.summarise([tmp_path / "a", tmp_path / "b"]).splitlines()
     assert row.split()[:5] == ["stage3", "parallel", "2", "65.0", "(50.0-80.0)"]
-    assert "1.30 (1.00-1.60)" in row and row.endswith("32.5 (25.0-40.0)") and head.endswith("sums acc %")
+    assert "1.30 (1.00-1.60)" in row and "+2.5 (-5.0 to +10.0)" in row and row.endswith("32.5 (25.0-40.0)") and head.endswith("sums acc %")
     with pytest.raises(stage0.UserError, match="eval.json: no such file"):
         judge.summarise([tmp_path])
 
