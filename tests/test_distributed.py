@@ -67,7 +67,7 @@ def run_jobs(rank, world, ports, jobs):
 
 JOBS = {
     "stage1": "--init {p}/plain --steps 3 --prompts 3 --group-size 2 --max-new-tokens 60 --overlong-buffer 30 --max-rounds 3 --micro-tokens 400 --lr 1e-3",
-    "stage3": "--init {p}/tagged --steps 4 --prompts 3 --group-size 6 --max-new-tokens 60 --micro-tokens 400 --lr 1e-3 --gain-factor 5 --save-every 2",
+    "stage3": "--init {p}/tagged --steps 4 --prompts 3 --group-size 8 --max-new-tokens 60 --micro-tokens 400 --lr 1e-3 --gain-factor 5 --save-every 2",
     "stage3 ablations": "--init {p}/tagged --steps 2 --prompts 3 --group-size 6 --max-new-tokens 60 --micro-tokens 400 --lr 1e-3 --gain-factor 5 --no-schema-filter --group-std",
     # AdamW alone: Muon's bf16 iteration turns a rounding of the gradient into 1e-4 of the weights
     "stage2": "--init {p}/plain --data {p}/data --epochs 2 --batch-tokens 900 --micro-tokens 300 --lr 1e-3 --muon-lr 0",
