@@ -98,7 +98,8 @@ class Problem:
                     return False
                 left.remove(number)
             return value == self.parts["target"]
-        return re.fullmatch(r"0*\d+", boxed.strip()) is not None and int(boxed) == int(self.answer)
+        number = boxed.strip()  # compared as text: int() refuses some of what strip() lets through, and very long numbers
+        return re.fullmatch("[0-9]+", number) is not None and number.lstrip("0") == self.answer.lstrip("0")
 
 
 def last_boxed(text):

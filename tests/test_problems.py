@@ -132,6 +132,9 @@ def test_no_malformed_corpus_document_has_fewer_tokens_than_its_valid_form(plain
         ("<takeaway>\\boxed{24}</takeaway> done", False),
         ("<takeaway>x</takeaway>\\boxed{024}", True),
         ("\\boxed{2 4}", False),
+        ("\\boxed{\x1d24}", True),  # white space to strip(), a ValueError to int()
+        ("\\boxed{\x1d25}", False),
+        ("\\boxed{" + "9" * 5000 + "}", False),  # more digits than int() reads
         ("\\boxed{__import__('os')}", False),
     ],
 )
