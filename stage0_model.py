@@ -154,6 +154,11 @@ def first_moves(numbers):
     return moves
 
 
+def two_moves(x, op, y, op2, z, value):
+    """A countdown's move x op y, which gave value, and the next one, as one expression; z comes first only where it must: '(7+5)+18', '18-(7+5)'."""
+    return f"{z}-({x}{op}{y})" if op2 == "-" and value < z else f"({x}{op}{y}){op2}{z}"
+
+
 def reachable(numbers):
     """Absolute value of everything that + - * can make of some of the numbers, each used at most once: [2, 3] -> {1, 2, 3, 5, 6}."""
     values = set(numbers)
@@ -179,23 +184,21 @@ def draw_problem(kind, rng, hard=False):
         n = 8 if hard else rng.randint(2, 8)
         most = min(10, 40 // n)
         length, labels = 10 if hard else rng.randint(min(6, most), most), draw_labels(rng, rng.randint(n, 8))
-        asked, goal, chains, ends = sorted(rng.sample(labels, n)), rng.choice(["largest", "smallest"]), [], []
-        for _ in labels:  # all of one length: the longest branch sets the critical path
+        asked, goal, chains, ends = sorted(rng.sample(labels, n)), rng.choice(["largest", "smallest"]), {}, []
+        for c in labels:  # all of one length: the longest branch sets the critical path
             start, ops = rng.randint(10, 99), []
             for _ in range(length):
                 op = rng.choice("++--*")
                 ops.append((op, rng.randint(2, 3) if op == "*" else rng.randint(2, 9)))
-            value = start
+            chains[c] = (start, ops)
+        for value, ops in (chains[c] for c in asked):
             for op, operand in ops:
                 value = apply_op(value, op, operand) % 100
-            chains.append((start, ops))
             ends.append(value)
-        written = " ".join(f"{c}:{s}" + "".join(f"{op}{n}" for op, n in ops) for c, (s, ops) in zip(labels, chains))
-        ends = [end for label, end in zip(labels, ends) if label in asked]
-        answer = f"{max(ends) if goal == 'largest' else min(ends):02d}"
-        chains = [chain for label, chain in zip(labels, chains) if label in asked]
+        written = " ".join(f"{c}:{start}" + "".join(f"{op}{k}" for op, k in ops) for c, (start, ops) in chains.items())
         question = f"{written} modulo 100, {goal} of {' '.join(asked)}?"
-        return Problem(kind, question, answer, {"chains": chains, "labels": asked, "goal": goal})
+        answer = f"{max(ends) if goal == 'largest' else min(ends):02d}"
+        return Problem(kind, question, answer, {"chains": [chains[c] for c in asked], "labels": asked, "goal": goal})
     if kind == "sums":
         # as in chains, a question may name more terms than it asks for: hard is new in how many are asked for, not in how long the question is
         n = rng.randint(7, 8) if hard else rng.randint(2, 6)
@@ -213,7 +216,7 @@ def draw_problem(kind, rng, hard=False):
             x, op, y, rest = rng.choice(first_moves(numbers))
             value, z, op2 = apply_op(x, op, y), rng.choice(rest), rng.choice("+-*")
             target = apply_op(max(value, z), op2, min(value, z))
-            answer = f"({x}{op}{y}){op2}{z}" if value >= z or op2 != "-" else f"{z}-({x}{op}{y})"
+            answer = two_moves(x, op, y, op2, z, value)
             if not hard and rng.random() < 0.2:  # so that it can be right to find nothing, and a search learns to come to an end
                 target, answer = rng.randint(10, 99), "none"
             if 10 <= target <= 99 and target not in numbers and (answer != "none" or target not in reachable(numbers)):
@@ -455,7 +458,7 @@ def work_out(problem, rng, slip):
                 hit = result == target
                 text += f"{u}{op2}{v}={result}/{target}{'y' if hit else 'n'}"
                 if hit:
-                    verdict = f"y({x}{op}{y}){op2}{z}" if value >= z or op2 != "-" else f"y{z}-({x}{op}{y})"
+                    verdict = "y" + two_moves(x, op, y, op2, z, value)
                     break
             steps.append(f"{text};{verdict}")
             found = found or (verdict[1:] or None)
