@@ -42,7 +42,8 @@ def test_the_stated_answer_is_right_by_an_independent_calculation(kind, split):
                 for op, n in zip(ops, numbers[1:]):  # left to right, no precedence
                     value = {"+": value + n, "-": value - n, "*": value * n}[op] % 100
                 ends.append(value)
-            assert int(p.answer) == (max(ends) if "largest" in p.question else min(ends))
+            goal = p.question.rstrip("?").split(", ")[1].split(" of ")[0]
+            assert int(p.answer) == {"largest": max, "smallest": min, "total": lambda e: sum(e) % 100}[goal](ends)
         elif kind == "sums":
             terms, asked = p.question.rstrip("?").split(" modulo 100, total of ")
             asked = "".join(t.replace(":", "") for t in terms.split(" ") if t.lstrip("+-")[0] in asked.split(" "))
@@ -65,7 +66,7 @@ def test_hard_problems_are_more_than_any_training_problem():
     operations = {
         split: [sum(len(ops) for _, ops in p.parts["chains"]) for p in make_problems("chains", split, 200, 0)] for split in ("train", "hard")
     }
-    assert max(operations["train"]) == 40 and set(operations["hard"]) == {80}
+    assert max(operations["train"]) == 48 and set(operations["hard"]) == {96}
     assert all(p.question.count(":") == 8 for p in make_problems("chains", "hard", 20, 0))
     assert {len(p.parts["terms"]) for p in make_problems("sums", "train", 200, 0)} == {2, 3, 4, 5, 6}
     assert {len(p.parts["terms"]) for p in make_problems("sums", "hard", 20, 0)} == {7, 8}
@@ -100,6 +101,13 @@ def test_a_countdown_tries_its_first_moves_in_order_until_one_leads_there_or_non
         tried = [plan for plans, _, _ in rounds for plan in plans]
         assert tried == order[: len(tried)] and (answer != "none" or len(tried) == len(order))
         assert all(takeaway == "none" for _, _, takeaway in rounds[:-1]) and rounds[-1][2] == answer
+
+
+def test_no_block_of_a_countdown_has_fewer_than_three_plans_or_more_than_eight():
+    rng = random.Random(0)
+    for split in ("train", "hard"):
+        for p in make_problems("countdown", split, 200, 0):
+            assert all(3 <= len(plans) <= 8 for plans, _, _ in stage0.work_out(p, rng, 0.05)[0])
 
 
 def test_clean_worked_solutions_are_right_and_slips_make_some_wrong():
