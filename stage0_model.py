@@ -184,7 +184,7 @@ def draw_problem(kind, rng, hard=False):
         # The largest of eight ends is mostly the largest of seven too; a total is wrong without any one of them.
         n = 8 if hard else rng.randint(2, 8)
         most = min(12, 48 // n)
-        length, labels = 12 if hard else rng.randint(min(6, most), most), draw_labels(rng, rng.randint(n, 8))
+        length, labels = 12 if hard else rng.randint(6, most), draw_labels(rng, rng.randint(n, 8))
         asked, goal, chains, ends = sorted(rng.sample(labels, n)), rng.choice(["largest", "smallest", "total"]), {}, []
         for c in labels:  # all of one length: the longest branch sets the critical path
             start, ops = rng.randint(10, 99), []
