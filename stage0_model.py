@@ -3,10 +3,10 @@
 In : nothing.                Out: out/stage0/, an ordinary Hugging Face checkpoint (Qwen3 architecture).
 
 NPR starts from an instruction-tuned model (the paper: Qwen3-4B).  None can be downloaded into a tutorial, so this stage
-makes a stand-in in minutes: a 0.9M-parameter Qwen3 that solves synthetic problems step by step with mediocre accuracy, and
+makes a stand-in in minutes: a 0.8M-parameter Qwen3 that solves synthetic problems step by step with mediocre accuracy, and
 that follows the parallel format only now and then.  Equation: next-token loss on responses, L = -(1/N) sum_t log p(x_t | x_<t).
 
-    python stage0_model.py                      # about 25 minutes on 2 cores
+    python stage0_model.py                      # about 20 minutes on 2 cores
     python stage0_model.py --steps 20 --out out/smoke/stage0
 
 Shapes: B rows, T tokens, H heads, D head dim, C hidden width, V vocabulary, K branches, G group size, N packed tokens.
