@@ -457,7 +457,8 @@ def work_out(problem, rng, slip):
     target, moves, rounds, found = parts["target"], first_moves(parts["numbers"]), [], None
     while not found and moves:
         k = rng.randint(3, 5 if rounds else 6)  # how many to try at once is open, their order is not: none comes twice, and the end is in sight
-        k = k if len(moves) - k > 2 else len(moves)  # the one or two left over are not worth a block of their own
+        if len(moves) - k < 3:
+            k = len(moves)  # the one or two left over are not worth a block of their own
         now, moves, steps = moves[:k], moves[k:], []
         for x, op, y, rest in now:
             value = slipped(apply_op(x, op, y), 1, 99)
