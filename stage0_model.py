@@ -179,13 +179,13 @@ def draw_problem(kind, rng, hard=False):
     """One random problem.  `hard` is more than any training problem: chains of twice as many operations, sums of more terms, countdowns of
     four numbers instead of three."""
     if kind == "chains":
-        # In training no more than 48 operations are asked for: few long chains or many short ones.  Hard asks for 96, eight chains of twelve: that
+        # In training no more than 60 operations are asked for: few long chains or many short ones.  Hard asks for 96, eight chains of twelve: that
         # it is all of them at once is new, not a list of eight, a chain of twelve, or a question of eight twelves (some chains are not asked for).
-        # The largest of eight ends is mostly the largest of seven too; a total is wrong without any one of them.
+        # The largest of eight ends is mostly the largest of seven too; a total, one question in six, is wrong without any one of them.
         n = 8 if hard else rng.randint(2, 8)
-        most = min(12, 48 // n)
-        length, labels = 12 if hard else rng.randint(6, most), draw_labels(rng, rng.randint(n, 8))
-        asked, goal, chains, ends = sorted(rng.sample(labels, n)), rng.choice(["largest", "smallest", "total"]), {}, []
+        most = min(12, 60 // n)
+        length, labels = 12 if hard else rng.randint(5, most), draw_labels(rng, rng.randint(n, 8))
+        asked, goal, chains, ends = sorted(rng.sample(labels, n)), rng.choice([*5 * ["largest", "smallest"], "total", "total"]), {}, []
         for c in labels:  # all of one length: the longest branch sets the critical path
             start, ops = rng.randint(10, 99), []
             for _ in range(length):
@@ -529,7 +529,7 @@ def is_canonical(text):
 def corpus_document(rng, slip, valid_share, malformed_share):
     """(question, system prompt, response) of the stage-0 corpus; half the prompts ask for the format."""
     while True:
-        problem = draw_problem(rng.choice(KINDS), rng)
+        problem = draw_problem(rng.choice([*KINDS, "sums"]), rng)  # sums twice: running totals are what this model finds hardest
         if split_of(problem.question) == "train":
             break
     rounds, answer = work_out(problem, rng, slip)

@@ -179,7 +179,7 @@ def parse_args(argv=None):
     p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
     p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
     p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
-    p.add_argument("--steps", type=int, default=40, help="rollout batches")
+    p.add_argument("--steps", type=int, default=48, help="rollout batches")
     p.add_argument("--prompts", type=int, default=16, help="questions per step")
     p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
     p.add_argument("--updates", type=int, default=4, help="optimizer updates per step, each on its share of the groups")
