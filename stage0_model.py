@@ -176,8 +176,8 @@ def draw_labels(rng, n):
 
 
 def draw_problem(kind, rng, hard=False):
-    """One random problem.  `hard` is more than any training problem: chains of twice as many operations, sums of more terms, countdowns of
-    four numbers instead of three."""
+    """One random problem.  `hard` is more than any training problem: chains of more operations in all, sums of more terms, countdowns of four
+    numbers instead of three."""
     if kind == "chains":
         # In training no more than 60 operations are asked for: few long chains or many short ones.  Hard asks for 96, eight chains of twelve: that
         # it is all of them at once is new, not a list of eight, a chain of twelve, or a question of eight twelves (some chains are not asked for).
