@@ -1,18 +1,21 @@
-"""The NPR Engine: a decoder that really forks and joins the KV cache, and the layout that training shares with it.
+"""The NPR Engine: a decoder that really forks and joins the KV cache, and the layout behind it.
 
-In : a model (stage0_model.Qwen3), its tokenizer, prompts as token ids.      Out: Rollouts (ids, layout, log-probabilities).
+In : a model (stage0_model.Qwen3), its tokenizer, prompts as token ids.
+Out: Rollouts (ids, layout, log-probabilities).
 
-Everything parallel in this project derives from three integers per token, a function of the token ids alone (`layout`):
+Everything parallel in this project follows from three integers per token, a function of the ids alone:
 
-    token     ..  g  | <step> 1: </step> | <step> 2: b  c </step> | <takeaway> ..        g = </guideline>
-    group     0   0  |   1    1    1     |   1    1  1  1    1    |     0      0
+    token     ..  g  | <step> 1: </step> | <step> 2: b  c </step> | <takeaway> ..     g = </guideline>
+    block     0   0  |   1    1    1     |   1    1  1  1    1    |     0      0
     branch    0   0  |   1    1    1     |   2    2  2  2    2    |     0      0
     position  5   6  |   7    8    9     |   7    8  9 10   11    |    12     13
     step 2 sees:  .. g and itself, never step 1.      <takeaway> sees everything.
 
-A token sees what came before it, except its siblings: tokens of the same group (block) and another branch.
+A token sees what came before it, except its siblings: tokens of the same block and another branch.
 
-    python engine.py --init out/stage3 "2 12 18 make 28?"        # decode one question, print the trajectory
+    python engine.py --init out/stage3 "2 12 18 make 28?"        # decode one question, draw the trajectory
+
+Read sections 1 to 6 for every idea; section 7 is the same on a GPU, faster.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import textwrap
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,9 +38,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from stage0_model import (
-    FORMAT_PROMPT, UserError, attention, bucket, load, pad_rows, pick_device, prompt_ids, run_main, uses_flex, visibility, visible_mask,
-)  # fmt: skip
+from stage0_model import FORMAT_PROMPT, UserError, load, pick_device, prompt_ids, run_main
+from stage0_model import attention, bucket, pad_rows, uses_flex, visibility, visible_mask
 
 try:
     import triton
@@ -44,14 +47,15 @@ try:
 except ImportError:  # comes with torch for CUDA, the only place where it is needed
     triton = None
 
-# ======================================================================================================================
+# ==================================================================================================
 # 1. The layout
-# ======================================================================================================================
+# ==================================================================================================
 
 TAGS = ("<guideline>", "</guideline>", "<plan>", "</plan>", "<step>", "</step>", "<takeaway>", "</takeaway>")
 
-# The grammar of a trajectory: (state, tag) -> next state.  The state is named after where the reader stands.
-# 'fork' is right after </guideline>, 'between' right after a </step>.  A pair that is not listed is a violation.
+# The grammar of a trajectory: (state, tag) -> next state; a pair that is not listed is a violation.
+# A state is named after where the reader stands: 'fork' is right after </guideline>, 'between'
+# right after a </step>.
 GRAMMAR = {
     ("text", "<guideline>"): "guideline",
     ("guideline", "<plan>"): "plan",
@@ -59,7 +63,7 @@ GRAMMAR = {
     ("guideline", "</guideline>"): "fork",
     ("fork", "<step>"): "step",
     ("step", "</step>"): "between",
-    ("step", "<step>"): "step",  # only in a response cut off while its branches were running: the next branch begins
+    ("step", "<step>"): "step",  # only where a response was cut off while its branches ran
     ("between", "<step>"): "step",
     ("between", "<takeaway>"): "takeaway",
     ("takeaway", "</takeaway>"): "text",
@@ -76,135 +80,169 @@ class MalformedTrajectory(ValueError):
 
 @dataclass
 class Layout:
-    """group, branch, position of every token: integer arrays (T,), or tensors (B, T) for a padded batch."""
+    """block, branch, position of every token: integer arrays (T,), or tensors (B, T) for a padded batch."""
 
-    group: np.ndarray
-    branch: np.ndarray
-    position: np.ndarray
+    block: np.ndarray  # 0 in the trunk, else the number of the parallel block
+    branch: np.ndarray  # 0 in the trunk, else the number of the step in its block
+    position: np.ndarray  # what RoPE rotates by
     lengths: torch.Tensor | None = None  # of a padded batch: tokens of every row, (B,)
-    document: torch.Tensor | None = None  # of sequences packed into one row: which of them each token belongs to, (1, N)
-
-    def __len__(self):
-        return len(self.group)
+    document: torch.Tensor | None = None  # of sequences packed into one row: whose each token is, (1, N)
 
 
 def layout(ids, tag_ids, prompt_len=0):
-    """The three integers of every token (D3).  O(len(ids)) in time and memory.
+    """The three integers of every token.  O(len(ids)) in time and memory.
 
-    ids: T token ids; tag_ids: {tag: token id}; prompt_len: that many leading tokens are prompt, plain trunk even where they
-    quote tags.  A response cut off anywhere has a layout: an unclosed branch ends where the next `<step>` begins.
-    Raises MalformedTrajectory at a tag the grammar does not allow, unless the response (or, inside a block, the branch) was
-    cut off right there.
+    ids: T token ids; tag_ids: {tag: token id}; prompt_len: that many leading tokens are prompt, plain
+    trunk even where they quote tags.  A response cut off anywhere has a layout: an unclosed branch ends
+    where the next `<step>` begins.  Raises MalformedTrajectory at a tag that the grammar does not allow,
+    unless the response (or, inside a block, the branch) was cut off right there.
 
     With g = <guideline>, /g = </guideline>, s, /s, t for step and takeaway:
-    ids [g /g s x /s s y z /s t] -> group [0 0 1 1 1 2-> 1 1 1 1 0], branch [0 0 1 1 1 2 2 2 2 0], position [0 1 2 3 4 2 3 4 5 6]
+    ids      [g /g s  x /s s  y  z /s t]
+    block    [0  0 1  1  1 1  1  1  1 0]
+    branch   [0  0 1  1  1 2  2  2  2 0]
+    position [0  1 2  3  4 2  3  4  5 6]
     """
     ids = np.asarray(ids, dtype=np.int64)
-    n, tag_of = len(ids), {i: tag for tag, i in tag_ids.items()}
-    group, branch, position = (np.zeros(n, dtype=np.int32) for _ in range(3))
-    marks = np.flatnonzero(np.isin(ids, list(tag_of)))
-    state, block, k = "text", 0, 0
-    at = 0  # tokens before this index are laid out
-    trunk = 0  # position of the next trunk token
-    start = 0  # position of every branch's first token in the current block
+    T = len(ids)
+    tag_of = {i: tag for tag, i in tag_ids.items()}
+    tags = np.flatnonzero(np.isin(ids, list(tag_of)))
+    block, branch, position = np.zeros((3, T), dtype=np.int32)
 
-    def lay_branch(end):  # tokens at..end are branch k of the current block
-        nonlocal at, trunk
-        group[at:end], branch[at:end], position[at:end] = block, k, np.arange(start, start + end - at)
-        trunk, at = max(trunk, start + end - at), end
+    state = "text"
+    num_blocks = 0  # opened so far
+    num_steps = 0  # of the last block
+    done = 0  # tokens before this index are laid out
+    trunk = 0  # position of the next trunk token: one after everything so far
+    fork = 0  # position of every branch's first token in the last block
 
-    def lay_trunk(end):
-        nonlocal at, trunk
-        position[at:end] = np.arange(trunk, trunk + end - at)
-        trunk, at = trunk + end - at, end
+    def lay_out(end, step):
+        """Tokens done .. end are one piece: of this step of the last block, or of the trunk (0)."""
+        nonlocal done, trunk
+        first = fork if step else trunk
+        after = first + end - done
+        block[done:end] = num_blocks if step else 0
+        branch[done:end] = step
+        position[done:end] = np.arange(first, after)
+        trunk = max(trunk, after)
+        done = end
 
-    for i in marks[marks >= prompt_len].tolist():
+    # A piece ends where a guideline closes, where a step closes, and where a step opens before the
+    # one ahead of it has closed.  Separators between steps belong to the step that follows.
+    for i in tags[tags >= prompt_len].tolist():
         tag = tag_of[int(ids[i])]
         if (state, tag) not in GRAMMAR:
-            if i == n - 1 or (state == "step" and ids[i + 1] == tag_ids["<step>"]):
+            if i == T - 1 or (state == "step" and ids[i + 1] == tag_ids["<step>"]):
                 continue  # the violation that ended this response, or this branch
             raise MalformedTrajectory(i, f"{tag} is not allowed here (state: {state})")
+
+        # A tag belongs to the piece that it ends, but an opening <step> to the one that it begins.
         if tag == "</guideline>":
-            lay_trunk(i + 1)
-            block, k, start = block + 1, 0, trunk
+            lay_out(i + 1, 0)
+            num_blocks += 1
+            num_steps = 0
+            fork = trunk
         elif tag == "<step>":
-            if state == "step":  # the branch before was cut off
-                lay_branch(i)
-            k += 1  # its span began right after the previous </step> or </guideline>, separators included
+            if state == "step":
+                lay_out(i, num_steps)
+            num_steps += 1
         elif tag == "</step>":
-            lay_branch(i + 1)
+            lay_out(i + 1, num_steps)
         state = GRAMMAR[state, tag]
-    lay_branch(n) if state == "step" else lay_trunk(n)
-    return Layout(group, branch, position)
+
+    # what is left: the trunk, or a step that was cut off
+    lay_out(T, num_steps if state == "step" else 0)
+    return Layout(block, branch, position)
 
 
 def visible(layout):
-    """(T, T) bool, True = row's token sees column's token.  The definition, for tests and pictures; nothing decodes with it."""
-    return visible_mask(torch.as_tensor(layout.group)[None], torch.as_tensor(layout.branch)[None])[0].numpy()
+    """(T, T) bool, True = row's token sees column's token.
+
+    The definition, for tests and pictures; nothing decodes with it.
+    """
+    return visible_mask(torch.as_tensor(layout.block)[None], torch.as_tensor(layout.branch)[None])[0].numpy()
 
 
 def tag_token_ids(tokenizer):
-    """{tag: token id}.  Raises UserError when a tag is not a single token: the tokenizer has not been through stage 2."""
+    """{tag: token id}.  Raises UserError when a tag is not a single token, which stage 2 makes it."""
     ids = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in TAGS}
     missing = [tag for tag, i in ids.items() if i is None or i == tokenizer.unk_token_id]
     if missing:
-        raise UserError(f"the tokenizer has no {missing[0]} token: parallel mode needs a checkpoint from stage 2 or 3")
+        raise UserError(
+            f"the tokenizer has no {missing[0]} token: parallel mode needs a checkpoint from stage 2 or 3"
+        )
     return ids
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 2. Teacher forcing: the training side of the layout
-# ======================================================================================================================
+# ==================================================================================================
 
 
 @dataclass
-class Sequence:
-    """A prompt and a response to train on or to score.  layout is of the response alone; None: plain causal text."""
+class Example:
+    """A prompt and a response to train on or to score."""
 
-    prompt: list
-    ids: list
-    layout: Layout | None = None
+    prompt: list  # token ids
+    ids: list  # of the response
+    layout: Layout | None = None  # of the response alone; None: plain causal text
+
+    def __len__(self):
+        return len(self.prompt) + len(self.ids)
 
 
-def batches(sequences, max_tokens, device="cpu", pad=0, share=(0, 1)):
-    """Cut sequences into padded batches of at most max_tokens (at least one row each), similar lengths together.
+def batches(examples, max_tokens, device="cpu", pad=0, share=(0, 1)):
+    """Cut examples into padded batches of at most max_tokens, similar lengths together.
 
-    share: (rank, ranks): only every so-many-th sequence in order of length, so that all ranks have the same amount to do.
-    Yields (rows, ids, layout, mask): rows lists indices into `sequences`; ids (B, T) int64; layout with (B, T) tensors; mask
-    (B, T) bool, True on response tokens.
+    A batch has at least one row.  share: (rank, ranks): only every so-many-th example in order of
+    length, so that all ranks have the same amount to do.  Yields (rows, ids, layout, mask): rows lists
+    indices into `examples`; ids (B, T) int64; layout with (B, T) tensors; mask (B, T) bool, True on
+    response tokens.
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].ids))[share[0] :: share[1]]
+    rank, ranks = share
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))[rank::ranks]
     while order:
-        length = len(sequences[order[-1]].prompt) + len(sequences[order[-1]].ids)  # longest first: memory peaks at once
-        rows = order[-max(1, max_tokens // length) :]
-        del order[-len(rows) :]
-        chosen = [sequences[i] for i in rows]
-        ids = pad_rows([s.prompt + list(s.ids) for s in chosen], pad)  # (B, T)
+        # Longest first, so that memory peaks at once and not in the middle of a run.
+        size = max(1, max_tokens // len(examples[order[-1]]))
+        rows = order[-size:]
+        del order[-size:]
+
+        # Padding stands at the end of a row, where causal order hides it from every real token.
+        chosen = [examples[i] for i in rows]
+        ids = pad_rows([e.prompt + list(e.ids) for e in chosen], pad)  # (B, T)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
-        integers = torch.zeros(3, *ids.shape, dtype=torch.long)
+        integers = torch.zeros(3, *ids.shape, dtype=torch.long)  # block, branch, position
         integers[2] = torch.arange(ids.shape[1])
-        for b, s in enumerate(chosen):
-            P, n = len(s.prompt), len(s.ids)
-            mask[b, P : P + n] = True
-            if s.layout is not None:
-                integers[0, b, P : P + n] = torch.as_tensor(s.layout.group)
-                integers[1, b, P : P + n] = torch.as_tensor(s.layout.branch)
-                integers[2, b, P : P + n] = P + torch.as_tensor(s.layout.position)
-        lengths = torch.tensor([len(s.prompt) + len(s.ids) for s in chosen], device=device)
+
+        # A response's own layout counts positions from 0; behind its prompt they count from there.
+        for b, example in enumerate(chosen):
+            response = slice(len(example.prompt), len(example))
+            mask[b, response] = True
+            if example.layout is not None:
+                position = len(example.prompt) + example.layout.position
+                own = np.stack([example.layout.block, example.layout.branch, position])
+                integers[:, b, response] = torch.from_numpy(own)
+        lengths = torch.tensor([len(e) for e in chosen], device=device)
         yield rows, ids.to(device), Layout(*integers.to(device), lengths), mask.to(device)
 
 
 def pack(ids, layout):
-    """Take the padding out of a batch: (ids (1, N), layout (1, N), place (n,)), the n tokens of its rows one after another and where in the
-    B * T each came from.  N is a `bucket`; what it has too many are copies of token 0 in a document of their own.
+    """Take the padding out of a batch: its n real tokens one after another, in one row.
 
-    ids [[5 6 7] [8 0 0]], lengths [3 1] -> ids [[5 6 7 8 5 5 ..]], document [[0 0 0 1 -1 -1 ..]], place [0 1 2 3]
+    ids (B, T) -> (ids (1, N), layout (1, N), place (n,)), place being where in the B * T each came from.
+    N is a `bucket`; what it has too many are copies of token 0 in a document of their own.
+
+    ids [[5 6 7] [8 0 0]], lengths [3 1] ->
+    ids [[5 6 7 8 5 5 ..]], document [[0 0 0 1 -1 -1 ..]], place [0 1 2 3]
     """
-    real = torch.arange(ids.shape[1], device=ids.device) < layout.lengths[:, None]  # (B, T)
+    T = ids.shape[1]
+    real = torch.arange(T, device=ids.device) < layout.lengths[:, None]  # (B, T)
     place = real.flatten().nonzero()[:, 0]  # (n,)
     idle = (0, bucket(len(place)) - len(place))
-    taken, document = F.pad(place, idle), F.pad(place // ids.shape[1], idle, value=-1)  # (N,) each
-    ids, *integers = (x.flatten()[taken][None] for x in (ids, layout.group, layout.branch, layout.position))
+    taken = F.pad(place, idle)  # (N,)
+    document = F.pad(place // T, idle, value=-1)  # (N,)
+    rows = (ids, layout.block, layout.branch, layout.position)
+    ids, *integers = (x.flatten()[taken][None] for x in rows)
     return ids, Layout(*integers, document=document[None]), place
 
 
@@ -212,10 +250,11 @@ MAX_LOGITS = 2**25  # largest number of logits that exists at a time: 128 MB in 
 
 
 def token_logprobs(model, ids, layout=None):
-    """Log-probability of every token given its predecessor, and the entropy it was drawn from.
+    """Log-probability of every token given what it sees, and the entropy of what it was drawn from.
 
-    ids (B, T) -> two (B, T) fp32 tensors; entry t is of ids[:, t], column 0 is zero.  A branch's first token follows the last one
-    of its sibling in this order, so its entry means nothing; the engine forces that token, so no loss or sample ever uses it.
+    ids (B, T) -> two (B, T) fp32 tensors; entry t is of ids[:, t], column 0 is zero.  A branch's first
+    token follows the last one of its sibling in this order, so its entry means nothing; the engine forces
+    that token, so no loss or sample ever uses it.
     """
 
     def score(x, target):  # (M, C), (M,) -> (M,), (M,)
@@ -224,272 +263,58 @@ def token_logprobs(model, ids, layout=None):
             entropy = -(log_p.exp() * log_p).sum(-1)  # (M,)
         return log_p.gather(-1, target[:, None])[:, 0], entropy
 
-    target, place = ids.roll(-1, 1).flatten(), None  # (B*T,)
+    # On a GPU without the padding: FlexAttention skips what belongs to other documents.
+    target = ids.roll(-1, 1).flatten()  # (B*T,)
+    place = None
     if layout is not None and layout.lengths is not None and uses_flex(ids.device):
         packed, layout, place = pack(ids, layout)
-        x, target = model.hidden(packed, layout)[0, : len(place)], target[place]  # (n, C), (n,)
+        x = model.hidden(packed, layout)[0, : len(place)]  # (n, C)
+        target = target[place]  # (n,)
     else:
         x = model.hidden(ids, layout).flatten(0, 1)  # (B*T, C)
-    # with Qwen3's 151,936 words the logits of 16k tokens would take 10 GB, and their softmax as much again; so only one chunk of them
-    # exists at a time, and backward computes it anew
+
+    # With Qwen3's 151,936 words the logits of 16k tokens would take 10 GB, and their softmax as
+    # much again; so only one chunk of them exists at a time, and backward computes it anew.
     size = max(1, MAX_LOGITS // model.config.vocab_size)
+    chunks = zip(x.split(size), target.split(size))
     if len(x) > size and torch.is_grad_enabled():
-        parts = [checkpoint(score, a, b, use_reentrant=False) for a, b in zip(x.split(size), target.split(size))]
+        parts = [checkpoint(score, a, b, use_reentrant=False) for a, b in chunks]
     else:
-        parts = [score(a, b) for a, b in zip(x.split(size), target.split(size))]
-    chosen, entropy = (torch.cat(part) for part in zip(*parts))  # as long as target
+        parts = [score(a, b) for a, b in chunks]
+    scores = [torch.cat(part) for part in zip(*parts)]  # chosen, entropy: as long as target
+
+    # Back to where each token stood, and one to the right: position t predicted token t + 1.
     if place is not None:
-        chosen, entropy = (y.new_zeros(ids.numel()).index_copy(0, place, y) for y in (chosen, entropy))  # (B*T,)
-    return tuple(F.pad(y.view(ids.shape)[:, :-1], (1, 0)) for y in (chosen, entropy))
+        scores = [y.new_zeros(ids.numel()).index_copy(0, place, y) for y in scores]  # (B*T,)
+    chosen, entropy = (F.pad(y.view(ids.shape)[:, :-1], (1, 0)) for y in scores)
+    return chosen, entropy
 
 
-# ======================================================================================================================
-# 3. KV memory: one row per request, prompt, trunk and all branches in order of arrival
-# ======================================================================================================================
-# A fork copies nothing: it adds query tokens to the row.  A join recomputes nothing: the trunk's next token sees every slot.
-# Below, one row from the end of a guideline with two plans to its takeaway.  A step of the engine feeds, at once: slots 12-18 (what the
-# fork forces rides along with </guideline>), 19-20, 21-22, and 23-24 (what the join forces rides along with the last </step>).
+# ==================================================================================================
+# 3. The life of a request
+# ==================================================================================================
+# A request is a list of tokens in order of arrival: prompt, trunk and all branches.  Its *tips* are
+# the tokens whose successor is sampled next: the trunk's last, or the last of each live branch.
+# Below, from the end of a guideline with two plans to the takeaway.  A column is one step of the
+# engine, which feeds what stands in it: what a fork forces rides along with </guideline>, and what
+# a join forces with the last </step>.
 #
-#     slot       12 | 13  14  15  16  17  18 | 19  20 | 21  22 | 23  24
-#     token      /g |  s   1   :   s   2   : |  x   y | /s   z | /s   t
-#     group       0 |  1   1   1   1   1   1 |  1   1 |  1   1 |  1   0
-#     branch      0 |  1   1   1   2   2   2 |  1   2 |  1   2 |  2   0
-#     position   12 | 13  14  15  13  14  15 | 16  16 | 17  17 | 18  19
+#     slot       12  13  14  15  16  17  18 | 19  20 | 21  22 | 23  24
+#     token      /g   s   1   :   s   2   : |  x   y | /s   z | /s   t
+#     block       0   1   1   1   1   1   1 |  1   1 |  1   1 |  1   0
+#     branch      0   1   1   1   2   2   2 |  1   2 |  1   2 |  2   0
+#     position   12  13  14  15  13  14  15 | 16  16 | 17  17 | 18  19
 
 
-# ---- on CUDA: one kernel reads a row's keys and values once for all branches and heads ----
-# A *tile* is up to M query rows of one KV row: its new tokens times the query heads that share a key/value head.  The slots a tile looks at
-# are cut into *pieces*, of about one length over all rows, so that one long row fills the GPU as well as many short ones.  Each program
-# takes one piece of one key/value head; what the pieces of a tile found is merged by the log-sum-exp of their scores.  The launch depends on
-# the number of tokens and pieces alone: what is in them, lengths too, is read on the GPU, so one captured graph serves every step.
+class Token(NamedTuple):
+    """One token of a request: what it is, where the layout puts it, and how it came about."""
 
-PIECE_SLOTS = 64  # pieces are multiples of so many slots
-
-
-def ragged(counts):
-    """Row and column of every item of a ragged list: [2 1] -> [0 0 1], [0 1 0]."""
-    row = np.repeat(np.arange(len(counts)), counts)
-    return row, np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
-
-
-def cut_pieces(start, length, count, most, target, block=PIECE_SLOTS):
-    """Cut what a decode step has to look at into pieces.  All arrays (R,), int64.
-
-    start, length: a row's first slot, and how many of its slots are in use; count: its new tokens, in tiles of at most `most`; target: how
-    many pieces the slots of all rows together should give (each tile's last piece comes on top).
-    Returns pieces (W, 5): start, begin, end, first token, tokens; and of_token (2, N): a token's first piece, and number of pieces.
-
-    start [0 9], length [5 3], count [2 1], most 8, target 2, block 4 ->
-    pieces [[0 0 4 0 2] [0 4 5 0 2] [9 0 3 2 1]], of_token [[0 0 2] [2 2 1]]
-    """
-    row, tile = ragged(-(-count // most))
-    first, tokens = (np.cumsum(count) - count)[row] + tile * most, np.minimum(most, count[row] - tile * most)  # of each tile
-    size = -(-length[row].sum() // (target * block)) * block
-    cuts = -(-length[row] // size)  # pieces of each tile
-    tile, cut = ragged(cuts)
-    end = np.minimum((cut + 1) * size, length[row][tile])
-    pieces = np.stack([start[row][tile], cut * size, end, first[tile], tokens[tile]], axis=1)
-    return pieces, np.repeat([np.cumsum(cuts) - cuts, cuts], tokens, axis=1)
-
-
-if triton is not None:
-
-    @triton.jit
-    def look_at_piece(
-        q, q_stride, kv, slot, group, branch, slot_group, slot_branch, pieces, partial, partial_lse, scale,
-        H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Softmax attention of one tile's queries over one piece of one key/value head, and the log-sum-exp (base 2) of its scores."""
-        piece, head = tl.program_id(0), tl.program_id(1)
-        start, begin, end = tl.load(pieces + 5 * piece), tl.load(pieces + 5 * piece + 1), tl.load(pieces + 5 * piece + 2)
-        first, tokens = tl.load(pieces + 5 * piece + 3), tl.load(pieces + 5 * piece + 4)
-        if tokens == 0:  # a captured graph launches as many programs as it may ever need
-            return
-        m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
-        token, real, wide = first + m // G, m // G < tokens, d < D  # query row m is head m % G of the group, of token m // G
-        heads = q + token[:, None] * q_stride + (head * G + m % G)[:, None] * D
-        queries = tl.load(heads + d[None], mask=real[:, None] & wide[None], other=0.0)  # (M, D)
-        q_slot = tl.load(slot + token, mask=real, other=-1)[:, None]  # (M, 1)
-        q_group = tl.load(group + token, mask=real, other=0)[:, None]
-        q_branch = tl.load(branch + token, mask=real, other=0)[:, None]
-        best = tl.full((M,), float("-inf"), tl.float32)  # largest score so far
-        total = tl.zeros((M,), tl.float32)  # sum of 2^(score - best)
-        found = tl.zeros((M, BLOCK_D), tl.float32)  # sum of 2^(score - best) value
-        for n0 in range(begin, end, BLOCK):
-            n = n0 + tl.arange(0, BLOCK)
-            inside = n < end
-            at = (start + n).to(tl.int64)  # a pool may have more than 2^31 numbers
-            rows = kv + (at * (2 * H_KV) + head)[:, None] * D + d[None]
-            keys = tl.load(rows, mask=inside[:, None] & wide[None], other=0.0)  # (BLOCK, D)
-            values = tl.load(rows + H_KV * D, mask=inside[:, None] & wide[None], other=0.0)
-            k_group = tl.load(slot_group + at, mask=inside, other=0)[None]  # (1, BLOCK)
-            k_branch = tl.load(slot_branch + at, mask=inside, other=0)[None]
-            sibling = (q_group == k_group) & (q_group != 0) & (q_branch != k_branch)
-            score = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale  # (M, BLOCK)
-            score = tl.where((n[None] <= q_slot) & inside[None] & (sibling == 0), score, float("-inf"))
-            new = tl.maximum(best, tl.max(score, 1))
-            base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weights of 0, not of -inf + inf
-            weight, shrink = tl.exp2(score - base[:, None]), tl.exp2(best - base)
-            total = total * shrink + tl.sum(weight, 1)
-            found = found * shrink[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
-            best = new
-        to = (piece * H_KV + head).to(tl.int64) * M + m
-        seen = tl.where(total > 0, total, 1.0)
-        tl.store(partial + to[:, None] * D + d[None], found / seen[:, None], mask=real[:, None] & wide[None])
-        tl.store(partial_lse + to, best + tl.log2(seen), mask=real)  # -inf where nothing was seen
-
-    @triton.jit
-    def merge_pieces(
-        partial, partial_lse, pieces, first_piece, num_pieces, out,
-        H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, AT_ONCE: tl.constexpr,
-    ):  # fmt: skip
-        """Average the pieces of one token and query head, weighted by 2^lse."""
-        token, head = tl.program_id(0), tl.program_id(1)
-        p0, count = tl.load(first_piece + token), tl.load(num_pieces + token)
-        if count == 0:
-            return
-        m = (token - tl.load(pieces + 5 * p0 + 3)) * G + head % G  # the query row of its tile
-        d = tl.arange(0, BLOCK_D)
-        best = tl.full((AT_ONCE,), float("-inf"), tl.float32)
-        total = tl.zeros((AT_ONCE,), tl.float32)
-        found = tl.zeros((AT_ONCE, BLOCK_D), tl.float32)
-        for i in range(0, count, AT_ONCE):
-            p = i + tl.arange(0, AT_ONCE)
-            at = ((p0 + p) * H_KV + head // G).to(tl.int64) * M + m
-            lse = tl.load(partial_lse + at, mask=p < count, other=float("-inf"))
-            piece = tl.load(partial + at[:, None] * D + d[None], mask=(p < count)[:, None] & (d < D)[None], other=0.0)
-            new = tl.maximum(best, lse)
-            base = tl.where(new == float("-inf"), 0.0, new)
-            weight, shrink = tl.exp2(lse - base), tl.exp2(best - base)
-            total = total * shrink + weight
-            found = found * shrink[:, None] + weight[:, None] * piece
-            best = new
-        base = tl.max(best, 0)
-        weight = tl.exp2(best - tl.where(base == float("-inf"), 0.0, base))
-        total, found = tl.sum(weight * total, 0), tl.sum(weight[:, None] * found, 0)
-        result = found / tl.where(total > 0, total, 1.0)  # a query that saw nothing gets zeros
-        tl.store(out + (token * H_KV * G + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
-
-
-def attend_pieces(q, kv, slot, group, branch, slot_group, slot_branch, pieces, first_piece, num_pieces, M):
-    """Attention of new tokens over their KV rows, cut by `cut_pieces` with most = M // G.
-
-    q (N, H, D); kv (slots, 2 H_kv, D), keys and values of one layer; slot, group, branch (N,): each token's place in its row, and its
-    integers; slot_group, slot_branch (slots,); pieces (W, 5), a piece of 0 tokens is idle; first_piece, num_pieces (N,), a token of 0 pieces
-    is idle and its result undefined; M query rows of a tile.  Returns (N, H, D).
-    """
-    (N, H, D), W, H_kv = q.shape, len(pieces), kv.shape[1] // 2
-    partial = torch.empty(W, H_kv, M, D, device=q.device, dtype=torch.float32)
-    partial_lse, out = torch.empty(W, H_kv, M, device=q.device, dtype=torch.float32), torch.empty(N, H, D, device=q.device, dtype=q.dtype)
-    sizes = dict(H_KV=H_kv, G=H // H_kv, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), M=M)
-    look_at_piece[W, H_kv](
-        q, q.stride(0), kv, slot, group, branch, slot_group, slot_branch, pieces, partial, partial_lse, D**-0.5 * math.log2(math.e), **sizes,
-        BLOCK=64 if q.element_size() == 2 else 32, num_warps=4 if M < 128 else 8, num_stages=2,
-    )  # fmt: skip
-    merge_pieces[N, H](partial, partial_lse, pieces, first_piece, num_pieces, out, **sizes, AT_ONCE=16)
-    return out
-
-
-class KVMemory:
-    """A fixed pool of kv_tokens slots, cut into rows of equal capacity; the cut moves when a row needs more.
-
-    Two arrangements were considered: rows (this one) and pages of 32 slots with a table per request.  Rows let attention read memory as it
-    lies.  Pages waste less, but a CPU has to gather them in every layer of every step: measured on one thread, tiny model, 64 rows of 320
-    slots, attention takes 0.42 ms on rows and the gather alone 1.03 ms.  Rows pay with padding up to the longest request.
-    """
-
-    def __init__(self, config, kv_tokens, device, dtype):
-        self.config, self.kv_tokens = config, kv_tokens
-        # A slot holds one token's keys and values of all heads, so that storing a token is one copy.  Zeros, not empty: a
-        # masked slot has weight 0, and 0 * NaN garbage would still be NaN.  One slot more than the budget: idle tokens of a
-        # captured graph are stored there.
-        self.pool = torch.zeros(
-            config.num_hidden_layers, kv_tokens + 1, 2 * config.num_key_value_heads, config.head_dim, device=device, dtype=dtype
-        )  # (layers, slots, 2 H_kv, D)
-        self.group, self.branch = torch.zeros(2, kv_tokens + 1, device=device, dtype=torch.long)  # of the token in each slot
-        self.bytes_per_token = self.pool[:, 0].numel() * self.pool.element_size()
-        self.moved_bytes, self.fused = 0, False
-        self.cut(0, 0)
-
-    def cut(self, rows, capacity):
-        """Row r is slots r * capacity .. (r + 1) * capacity from now on."""
-        self.rows, self.capacity = rows, capacity
-
-    def recut(self, rows, capacity, used):
-        """Cut anew and move the rows in use, used[r] slots of row r; when rows grow, the last moves first."""
-        old, grow = self.capacity, capacity > self.capacity
-        self.cut(rows, capacity)
-        for r in sorted(range(len(used)), reverse=grow):
-            self.move(r * old, r * capacity, used[r])
-
-    def move(self, source, target, n):
-        """Copy n slots, to share a prompt, to close the gap a finished request leaves, or to cut anew; the spans may overlap."""
-        for store in (self.pool, self.group[None], self.branch[None]):
-            store[:, target : target + n] = store[:, source : source + n].clone()
-        self.moved_bytes += n * self.bytes_per_token
-
-    def aim_prefill(self, row, lengths, group, branch):
-        """The coming forward fills these empty rows.  row, lengths (B,); group, branch (B, T), padded."""
-        column = torch.arange(group.shape[1], device=row.device)
-        self.chosen = (column < lengths[:, None]).flatten().nonzero()[:, 0]  # (N,) of the B * T, the padding left out
-        self.index = (row[:, None] * self.capacity + column).flatten()[self.chosen]  # (N,) slots
-        self.group[self.index], self.branch[self.index] = group.flatten()[self.chosen], branch.flatten()[self.chosen]
-        self.mask, self.fused = visibility(group, branch), False
-
-    def aim_pieces(self, index, slot, group, branch, pieces, first_piece, num_pieces, M):
-        """The coming forward adds N packed tokens to running rows, and the kernel looks at the rows.  index (N,): a token's slot in the pool;
-        the rest as in `attend_pieces`."""
-        self.index, self.chosen, self.fused = index, None, True
-        self.group[index], self.branch[index] = group, branch
-        self.plan = slot, group, branch, self.group, self.branch, pieces, first_piece, num_pieces, M
-
-    def aim_decode(self, row, slot, col, group, branch, shape, no_mask):
-        """The same without a kernel: one (R, Q) batch and a mask.  All (N,): a token's row, its slot there, its place among the row's
-        new tokens, and its integers.  shape (R, Q, S): rows, most new tokens of one row, and the longest row after this call.
-        no_mask: every row feeds one trunk token into slot S - 1, which sees all there is."""
-        (R, Q, S), self.chosen, self.plan = shape, None, None
-        self.index = row * self.capacity + slot
-        self.group[self.index], self.branch[self.index] = group, branch
-        self.place = None if len(row) == R * Q else row * Q + col  # rows that feed fewer tokens are padded with idle queries
-        self.seen = self.pool[:, : R * self.capacity].unflatten(1, (R, self.capacity))[:, :, :S].transpose(2, 3)  # (layers, R, 2 H_kv, S, D)
-        H_kv, self.bias = self.config.num_key_value_heads, None
-        self.shape = R, Q, H_kv, self.config.num_attention_heads // H_kv
-        if no_mask:
-            return
-        q = torch.zeros(3, R * Q, dtype=torch.long, device=row.device)  # idle queries look at slot 0 and are thrown away
-        q[:, row * Q + col] = torch.stack([slot, group, branch])
-        q_slot, q_group, q_branch = q.view(3, R, Q, 1)
-        rows = lambda x: x[: R * self.capacity].view(R, 1, self.capacity)[..., :S]  # noqa: E731
-        k_group, k_branch = rows(self.group), rows(self.branch)  # (R, 1, S)
-        blind = torch.arange(S, device=row.device) > q_slot  # (R, Q, S)
-        blind |= (q_group == k_group) & (q_group != 0) & (q_branch != k_branch)
-        bias = torch.zeros(R, Q, S, dtype=self.pool.dtype, device=row.device).masked_fill_(blind, float("-inf"))
-        # query heads that share a key/value head become further queries, so keys and values are read once for all of them
-        self.bias = bias.repeat(1, self.shape[3], 1)[:, None]  # (R, 1, G*Q, S)
-
-    def attend(self, layer, q, k, v):
-        """Store k, v (B, T, H_kv, D), attend with q (B, T, H, D) -> (B, T, H, D).  Decoding: B = 1 and T = N packed tokens."""
-        new = torch.cat([k, v], dim=2).flatten(0, 1)  # (B*T, 2 H_kv, D)
-        self.pool[layer].index_copy_(0, self.index, new if self.chosen is None else new[self.chosen])
-        if self.chosen is not None:  # prefill: nothing earlier lies in these rows, so attention stays within the call
-            return attention(q, k, v, self.mask)
-        if self.plan is not None:
-            return attend_pieces(q[0], self.pool[layer], *self.plan)[None]
-        (R, Q, H_kv, G), (_, _, H, D) = self.shape, q.shape
-        if self.place is not None:
-            q = q.new_zeros(R * Q, H, D).index_copy_(0, self.place, q[0])
-        keys, values = self.seen[layer].chunk(2, dim=1)  # (R, H_kv, S, D) each
-        if Q == 1 and self.place is None:
-            return F.scaled_dot_product_attention(q.reshape(R, H_kv, G, D), keys, values, attn_mask=self.bias).reshape(1, R, H, D)
-        q = q.reshape(R, Q, H_kv, G, D).permute(0, 2, 3, 1, 4).reshape(R, H_kv, G * Q, D)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias)  # (R, H_kv, G*Q, D)
-        out = out.unflatten(2, (G, Q)).permute(0, 3, 1, 2, 4).reshape(1, R * Q, H, D)
-        return out if self.place is None else out[:, self.place]
-
-
-# ======================================================================================================================
-# 4. The engine
-# ======================================================================================================================
+    id: int
+    block: int
+    branch: int
+    position: int
+    logprob: float = 0.0  # at temperature 1, before truncation and penalty; 0.0 for forced tokens
+    forced: bool = False  # written by the engine, not sampled (`<step>`, its number, `<takeaway>`)
 
 
 @dataclass
@@ -498,13 +323,206 @@ class Rollout:
 
     ids: list  # response token ids, end-of-turn included
     layout: Layout  # of the response alone: positions count from 0
-    forced: list  # bool: True where the engine wrote the token (`<step>`, its number, `<takeaway>`)
-    logprobs: list  # log-probability at temperature 1, before truncation and penalty; 0.0 for forced tokens
+    forced: list  # bool, as in Token
+    logprobs: list  # as in Token
     finish_reason: str  # stop, length or malformed
     critical_path: int  # longest chain of dependent tokens
     num_forks: int  # blocks that the engine really forked
     max_branches: int = 0  # widest of them
     error: str = ""  # what was malformed
+
+
+@dataclass
+class Rules:
+    """What one call of `Engine.generate` allows its requests."""
+
+    tokenizer: object
+    tag_ids: dict  # {tag: token id}; empty in sequential mode, where tags mean nothing
+    end_ids: set  # tokens that end a turn
+    max_new_tokens: int
+    max_branches: int
+
+    def __post_init__(self):
+        self.tag_of = {i: tag for tag, i in self.tag_ids.items()}
+
+
+@dataclass
+class Request:
+    """A response in the making."""
+
+    index: int  # its place in the call
+    prompt: tuple  # token ids
+    rules: Rules
+    uniforms: np.ndarray  # a random number for each token it may generate: its own stream, drawn up front
+    tokens: list = field(default_factory=list)  # of Token, in order of arrival, the prompt first
+    tips: list = field(default_factory=list)  # indices of tokens whose successor is sampled next
+    row: int = -1  # of the KV memory, while running
+    fed: int = 0  # tokens whose keys and values are in the row
+    state: str = "text"  # of the trunk, in GRAMMAR
+    guideline: int = 0  # index of the last <guideline>
+    widths: list = field(default_factory=list)  # branches of each fork
+    finish_reason: str = ""
+    error: str = ""
+
+    def __post_init__(self):
+        self.tokens = [Token(id, 0, 0, i, forced=True) for i, id in enumerate(self.prompt)]
+        self.tips = [len(self.tokens) - 1]
+
+    @property
+    def used(self):
+        """Tokens of the response so far."""
+        return len(self.tokens) - len(self.prompt)
+
+    def receive(self, sampled, logprobs):
+        """Append one sampled token after each tip; then go on, fork, join, or finish."""
+        tips = self.tips
+        self.tips = []
+        for tip, id, logprob in zip(tips, sampled, logprobs):
+            block, branch, position = self.tokens[tip][1:4]
+            self.tokens.append(Token(id, block, branch, position + 1, logprob))
+            if block:
+                self.continue_branch(id, branch)
+            else:
+                self.continue_trunk(id)
+
+        # No tip left means that every branch has closed.
+        if not self.finish_reason and not self.tips:
+            self.join()
+        if not self.finish_reason and self.used + len(self.tips) > self.rules.max_new_tokens:
+            self.finish_reason = "length"
+
+    def malformed(self, error):
+        self.finish_reason = "malformed"
+        self.error = error
+
+    def continue_branch(self, id, branch):
+        """A step ends with </step>; any other tag in it, or the end of the turn, is malformed."""
+        tag = self.rules.tag_of.get(id)
+        if tag == "</step>":
+            return
+        if tag or id in self.rules.end_ids:
+            self.malformed(f"{tag or 'end of turn'} inside step {branch}")
+        self.tips.append(len(self.tokens) - 1)
+
+    def continue_trunk(self, id):
+        """The trunk goes from state to state of the grammar, and forks where a guideline closes."""
+        tag = self.rules.tag_of.get(id)
+        if id in self.rules.end_ids:
+            self.finish_reason = "stop"
+        elif tag is None:
+            self.tips.append(len(self.tokens) - 1)
+        elif (self.state, tag) not in GRAMMAR:
+            self.malformed(f"{tag} in state {self.state}")
+        else:
+            self.state = GRAMMAR[self.state, tag]
+            # Where a guideline begins, for `read_plans`; where it ends, the trunk's tip gives way.
+            if tag == "<guideline>":
+                self.guideline = len(self.tokens) - 1
+            if tag == "</guideline>":
+                self.fork()
+            else:
+                self.tips.append(len(self.tokens) - 1)
+
+    def fork(self):
+        """Validate the guideline that just closed, then open one branch per plan.
+
+        Each branch has a forced beginning.  Nothing is copied: a branch is a few more tokens in the
+        same row, with a number of their own.
+        """
+        plans, space, problem = self.read_plans()
+
+        # A checkpoint trained elsewhere may give every tag a line of its own (NPR-4B does): its
+        # steps open with the white space that it has just written itself.  That space belongs to
+        # the branch, as in `layout`.
+        openings = [
+            self.rules.tokenizer.encode(f"{space}<step>{space}{i}:", add_special_tokens=False)
+            for i in range(1, plans + 1)
+        ]
+
+        # The paper's pre-branch validator: a guideline that is not in order never forks.
+        room = self.rules.max_new_tokens - self.used
+        if not problem and not 1 <= plans <= self.rules.max_branches:
+            problem = f"{plans} plans, allowed are 1 to {self.rules.max_branches}"
+        if not problem and sum(map(len, openings)) + plans > room:
+            problem = f"budget of {room} tokens left for {plans} branches"
+        if problem:
+            self.malformed(problem)
+            return
+
+        # Every branch begins at the same position, right after </guideline>.
+        self.widths.append(plans)
+        first = self.tokens[-1].position + 1
+        for branch, opening in enumerate(openings, 1):
+            for position, id in enumerate(opening, first):
+                self.tokens.append(Token(id, len(self.widths), branch, position, forced=True))
+            self.tips.append(len(self.tokens) - 1)
+
+    def read_plans(self):
+        """(number of plans, white space after the last, problem or '') of the guideline that just closed.
+
+        The tags' order is already known to be right; left to check are the numbers, that no plan is empty,
+        and that nothing stands between plans.
+        """
+        # Tags cut the guideline into pieces: outside, plan, outside, plan, .. outside.  By token,
+        # as all structure is read: a tag that a plan spells out is mere text.
+        pieces = [[]]
+        for token in self.tokens[self.guideline + 1 : -1]:
+            if token.id in self.rules.tag_of:
+                pieces.append([])
+            else:
+                pieces[-1].append(token.id)
+        texts = [self.rules.tokenizer.decode(piece) for piece in pieces]
+        plans = texts[1::2]
+        between = texts[0::2]
+
+        # The first thing that is wrong is what is reported.
+        for number, plan in enumerate(plans, 1):
+            if not re.match(rf"\s*{number}:\s*\S", plan):
+                return number, "", f"plan {number} does not read '{number}: ..'"
+        return len(plans), between[-1], "text between plans" if "".join(between).strip() else ""
+
+    def join(self):
+        """All branches have closed: the trunk goes on behind the longest of them, and sees every one."""
+        if self.used >= self.rules.max_new_tokens:
+            self.finish_reason = "length"
+            return
+        longest = max(token.position for token in self.tokens if token.block == len(self.widths))
+        self.tokens.append(Token(self.rules.tag_ids["<takeaway>"], 0, 0, longest + 1, forced=True))
+        self.state = "takeaway"
+        self.tips.append(len(self.tokens) - 1)
+
+    def rollout(self):
+        """The response so far in sequence order: a block's branches one after another."""
+        # Blocks arrive one after another; inside a block the branches interleave, so sort those by
+        # branch, stably.  The trunk after a block comes behind all of it.
+        P = len(self.prompt)
+        block = 0
+        keys = []
+        for token in self.tokens[P:]:
+            block = max(block, token.block)
+            keys.append((block, token.block == 0, token.branch))
+        tokens = [self.tokens[P + i] for i in sorted(range(len(keys)), key=keys.__getitem__)]
+
+        # Positions count from the prompt's end, so that a response is the same behind any prompt.
+        integers = np.array([token[1:4] for token in tokens], dtype=np.int32).reshape(-1, 3)
+        block, branch, position = integers.T - np.array([[0], [0], [P]], dtype=np.int32)
+        return Rollout(
+            ids=[token.id for token in tokens],
+            layout=Layout(block, branch, position),
+            forced=[token.forced for token in tokens],
+            logprobs=[token.logprob for token in tokens],
+            finish_reason=self.finish_reason,
+            # positions are what parallel branches share: the last one counts the dependent tokens
+            critical_path=int(position.max(initial=-1)) + 1,
+            num_forks=len(self.widths),
+            max_branches=max(self.widths, default=0),
+            error=self.error,
+        )
+
+
+# ==================================================================================================
+# 4. The engine: schedule, run, postprocess
+# ==================================================================================================
 
 
 @dataclass
@@ -522,508 +540,530 @@ class Stats:
     seconds: float = 0.0
 
 
-MAX_CAPTURED = 1024  # tokens of a step: with more of them the GPU is busy for longer than the launches take
-
-
-class Replay:
-    """Runs functions on buffers that stay where they are, so that on CUDA each is captured as a graph once per key and then replayed: one
-    launch instead of a thousand.  What a function computes must not depend on anything but the key, the buffers, and memory that is changed
-    in place (weights, KV pool).  On a CPU the function is simply run."""
-
-    def __init__(self, device):
-        self.device, self.buffers, self.captured, self.pool = device, {}, {}, None
-
-    def __call__(self, key, function, *inputs, rows=None):
-        """function(*inputs) -> one tensor, valid until the next call.  rows: inputs are padded to so many with what is left there."""
-        if key not in self.buffers:
-            self.buffers[key] = [torch.zeros(rows or len(x), *x.shape[1:], dtype=x.dtype, device=self.device) for x in inputs]
-        buffers = self.buffers[key]
-        for buffer, x in zip(buffers, inputs):  # from pinned memory a copy does not make the host wait
-            x = x.pin_memory() if self.device.type == "cuda" and not x.is_cuda else x
-            buffer[: len(x)].copy_(x, non_blocking=True)
-        if self.device.type != "cuda":
-            return function(*buffers)
-        if key not in self.captured:
-            self.captured[key] = self.capture(function, buffers)
-        graph, result = self.captured[key]
-        graph.replay()
-        return result
-
-    def capture(self, function, buffers):
-        """A first run off the record compiles kernels and lets libraries take their memory; it writes what the replay will write again."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function(*buffers)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.pool = self.pool or torch.cuda.graph_pool_handle()  # graphs run one after another: they can share their memory
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            result = function(*buffers)
-        return graph, result
-
-
-def draw(logits, u, shaped, temperature, top_p, top_k):
-    """One token for each row of logits (M, V) -> (2, M) float64: token ids, and their log-probabilities without temperature and the rest.
-
-    u (M,): random numbers in [0, 1); shaped (M, V): the logits after penalties, None for the same; temperature 0: the likeliest token.
-    """
-    size = max(1, MAX_LOGITS // logits.shape[1])
-    if len(logits) > size:  # 1,024 rows of Qwen3's vocabulary would take 3 GB in here
-        parts = zip(logits.split(size), u.split(size), itertools.repeat(None) if shaped is None else shaped.split(size))
-        return torch.cat([draw(*part, temperature, top_p, top_k) for part in parts], dim=1)
-    log_p = logits.float().log_softmax(-1)  # (M, V), of the model itself: what training will see
-    untouched, shaped = shaped is None and temperature == 1.0, logits if shaped is None else shaped
-    if temperature == 0:
-        token = shaped.argmax(-1)  # (M,)
-    else:
-        p = log_p.exp() if untouched else (shaped.float() / temperature).softmax(-1)  # (M, V)
-        if top_k or top_p < 1:
-            ranked, order = p.sort(dim=-1, descending=True)
-            cut = ranked.cumsum(-1) - ranked >= top_p  # the smallest set that holds top_p
-            if top_k:
-                cut[:, top_k:] = True
-            p = torch.zeros_like(p).scatter_(-1, order, ranked.masked_fill(cut, 0.0))
-        # inverse CDF with the request's own random numbers: which neighbours share the batch cannot matter
-        cdf = p.double().cumsum(-1)  # (M, V)
-        token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)[:, 0].clamp_(max=p.shape[-1] - 1)
-    return torch.stack([token.double(), log_p.gather(-1, token[:, None])[:, 0].double()])
-
-
-@dataclass
-class Request:
-    """A running response.  Token lists are in order of arrival and begin with the prompt; the first `fed` are in the KV row.
-    `heads` are the indices whose successor is sampled next: the trunk's last token, or that of each live branch."""
-
-    index: int
-    prompt_len: int
-    ids: list
-    uniforms: np.ndarray  # one random number per generated token, drawn up front: the stream of this request alone
-    group: list
-    branch: list
-    position: list
-    forced: list
-    logprobs: list
-    heads: list
-    fed: int = 0
-    state: str = "text"  # of the trunk, in GRAMMAR
-    opened: int = 0  # index of the open <guideline>
-    block: int = 0
-    finish: str = ""
-    error: str = ""
-    widths: list = field(default_factory=list)  # branches of each fork
-
-    @property
-    def used(self):
-        return len(self.ids) - self.prompt_len
-
-    def append(self, token, group, branch, position, logprob=0.0, forced=False):
-        self.ids.append(token)
-        self.group.append(group)
-        self.branch.append(branch)
-        self.position.append(position)
-        self.logprobs.append(logprob)
-        self.forced.append(forced)
-
-
 class Engine:
     """Decode many requests at once, sequentially or in parallel branches, within a fixed KV budget.
 
-    kv_tokens: slots in the KV pool; default a quarter of the memory (free CUDA memory, or RAM), at most 2^18 slots.
-    max_rows: most requests decoded together.  kernel: decode with the kernel and captured graphs; default wherever they run, on CUDA.
+    kv_tokens: slots of the KV memory; default a quarter of what is free (CUDA memory, or RAM), at most
+    2^18.  max_rows: most requests decoded together.  kernel: decode with the kernel and captured graphs
+    of section 7; default wherever they run, on CUDA.
     """
 
     def __init__(self, model, tokenizer, kv_tokens=None, max_rows=256, kernel=None):
-        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
-        config, weight = model.config, model.model["embed_tokens"].weight
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_rows = max_rows
+        config = model.config
+        weight = model.model["embed_tokens"].weight
+
+        # The KV budget is planned up front, so that no request can run out of memory in the middle.
         if kv_tokens is None:
-            per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+            elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
             ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            room = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else ram
-            kv_tokens = max(1024, min(2**18, room // 4 // per_token))
-        self.memory = KVMemory(config, kv_tokens, weight.device, weight.dtype)
-        self.kernel = weight.is_cuda and triton is not None and config.head_dim <= 128 if kernel is None else kernel
+            free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else ram
+            kv_tokens = max(1024, min(2**18, free // 4 // (elements * weight.element_size())))
+
+        # The one place where the CPU's way and CUDA's part.
+        if kernel is None:
+            kernel = weight.is_cuda and triton is not None and config.head_dim <= 128
         if weight.is_cuda and triton is None:
-            print("triton is not installed: decoding without kernel and captured graphs, several times slower; pip install triton")
-        self.replay = Replay(weight.device)
-        # pieces of work that keep the GPU busy: two programs for each multiprocessor, shared by the key/value heads
-        programs = 2 * torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 16
-        self.pieces = max(1, programs // config.num_key_value_heads)
+            print(
+                "triton is not installed: decoding without kernel and captured graphs, several times slower; "
+                "pip install triton"
+            )
+        self.runner = (CudaRunner if kernel else ModelRunner)(model, kv_tokens)
+
+        # A turn may end in several ways; the tokenizer's own is always one of them.
         eos = config.eos_token_id
         self.end_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
         self.stats = Stats()
-        self.active, self.waiting = [], deque()
+        self.active = []  # running requests; the one in row r of the KV memory is active[r]
+        self.waiting = deque()
 
     @property
     def kv_tokens_in_use(self):
+        """Slots that hold a token; 0 between calls of `generate`."""
         return sum(r.fed for r in self.active)
 
     @torch.no_grad()
     def generate(
-        self, prompts, n=1, parallel=True, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, seed=0,
-        max_branches=8, step_repetition_penalty=1.0, progress=False,
-    ):  # fmt: skip
+        self,
+        prompts,
+        n=1,
+        parallel=True,
+        max_new_tokens=1024,
+        # sampling: the defaults are the policy itself, which is what training needs
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        seed=0,
+        max_branches=8,
+        step_repetition_penalty=1.0,
+        progress=False,
+    ):
         """n responses to every prompt: list (prompts) of lists (n) of Rollout.
 
-        prompts: lists of token ids.  parallel False: tags mean nothing, plain sampling.  max_new_tokens counts every token of every
-        branch, and the forced ones.  temperature 0 is greedy.  step_repetition_penalty divides positive (multiplies negative)
-        logits of tokens that the same branch already holds.  A response depends on seed, its prompt and its number among the
-        samples of that prompt, and on nothing else in the call.  Raises UserError when a request cannot fit the KV budget, or
-        when the tokenizer lacks the tags in parallel mode.
+        prompts: lists of token ids.  parallel False: tags mean nothing, plain sampling.  max_new_tokens
+        counts every token of every branch, and the forced ones.  temperature 0 is greedy.
+        step_repetition_penalty divides positive (multiplies negative) logits of tokens that the same
+        branch already holds (paper: 1.02).  A response depends on seed, its prompt and its number among
+        the samples of that prompt, and on nothing else in the call.  Raises UserError when a request
+        cannot fit the KV budget, or when the tokenizer lacks the tags in parallel mode.
         """
         began = time.time()
-        self.parallel, self.max_new_tokens, self.max_branches = parallel, max_new_tokens, max_branches
-        self.temperature, self.top_p, self.top_k, self.penalty = temperature, top_p, top_k, step_repetition_penalty
-        self.tag_ids = tag_token_ids(self.tokenizer) if parallel else {}
-        self.tag_of = {i: tag for tag, i in self.tag_ids.items()}
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        requests, copies = [], {}
+        tag_ids = tag_token_ids(self.tokenizer) if parallel else {}
+        rules = Rules(self.tokenizer, tag_ids, self.end_ids, max_new_tokens, max_branches)
+        self.sampling = temperature, top_p, top_k
+        self.penalty = step_repetition_penalty
+        kv_tokens = self.runner.kv_tokens
+
+        # A request's random numbers are seeded by its prompt and its number among that prompt's
+        # samples, so neither its neighbours nor its place in the list can change what it says.
+        requests = []
+        copies = {}
         for prompt in prompts:
             if not prompt:
                 raise UserError("an empty prompt: every request needs at least one prompt token")
-            if len(prompt) + max_new_tokens > self.memory.kv_tokens:
+            if len(prompt) + max_new_tokens > kv_tokens:
                 raise UserError(
-                    f"prompt of {len(prompt)} tokens and max_new_tokens {max_new_tokens} exceed the KV budget of "
-                    f"{self.memory.kv_tokens} tokens; raise kv_tokens or shorten them"
+                    f"prompt of {len(prompt)} tokens and max_new_tokens {max_new_tokens} exceed "
+                    f"the KV budget of {kv_tokens} tokens; raise kv_tokens or shorten them"
                 )
-            P, digest = len(prompt), hashlib.sha256(np.asarray(prompt, dtype=np.int64).tobytes()).digest()
+
+            # n samples, each with a stream of its own
+            digest = hashlib.sha256(np.asarray(prompt, dtype=np.int64).tobytes()).digest()
             for _ in range(n):
-                copies[digest] = copies.get(digest, -1) + 1  # sample number of this very prompt
+                copies[digest] = copies.get(digest, -1) + 1
                 stream = np.random.default_rng([seed, int.from_bytes(digest[:8], "little"), copies[digest]])
-                requests.append(
-                    Request(
-                        len(requests), P, list(prompt), stream.random(max_new_tokens, dtype=np.float32),
-                        [0] * P, [0] * P, list(range(P)), [True] * P, [0.0] * P, heads=[P - 1],
-                    )  # fmt: skip
-                )
-        self.waiting.extend(requests)
-        longest = max((r.prompt_len for r in requests), default=0) + max_new_tokens
+                uniforms = stream.random(max_new_tokens, dtype=np.float32)
+                requests.append(Request(len(requests), tuple(prompt), rules, uniforms))
+
+        # Where every row can have its worst case, nothing will ever be preempted.  Else rows begin
+        # short.
+        longest = max((len(r.prompt) for r in requests), default=0) + max_new_tokens
         rows = min(len(requests), self.max_rows)
-        roomy = rows * longest <= self.memory.kv_tokens  # every row can have its worst case: nothing will ever be preempted
-        self.memory.cut(rows, longest) if roomy else self.memory.cut(0, 0)
+        if rows * longest > kv_tokens:
+            rows = longest = 0
+        self.runner.cut(rows, longest)
+
+        # Step until nobody waits and nobody runs; whatever happens, every slot is free again.
+        self.waiting.extend(requests)
         bar = tqdm(total=len(requests), desc="rollout", unit="seq", leave=False, disable=not progress)
         try:
             while self.waiting or self.active:
-                done = self.step()
-                bar.update(done)
-                if done and progress:
-                    bar.set_postfix(tok_s=f"{sum(r.used for r in requests) / (time.time() - began):.0f}", refresh=False)
-        finally:  # whatever happened, every slot is free again
-            self.active, self.waiting = [], deque()
+                bar.update(self.step())
+        finally:
+            self.active = []
+            self.waiting = deque()
             bar.close()
+
+        # n by n again, in the order of the prompts
         self.stats.seconds += time.time() - began
-        self.stats.moved_kv_bytes = self.memory.moved_bytes
+        rollouts = [r.rollout() for r in requests]
+        self.stats.moved_kv_bytes = self.runner.moved_bytes
         self.stats.tokens += sum(r.used for r in requests)
-        self.stats.forced_tokens += sum(sum(r.forced[r.prompt_len :]) for r in requests)
-        rollouts = [self.result(r) for r in requests]
+        self.stats.forced_tokens += sum(sum(rollout.forced) for rollout in rollouts)
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
     def step(self):
-        """One decode step of every running request: schedule, run, postprocess.  Returns how many finished."""
-        fresh = self.schedule()
-        logits = self.run(fresh)  # (heads of all active requests, V)
+        """Schedule, run, postprocess: one decode step of all that run.  Returns how many finished."""
+        admitted = self.schedule()
+        logits = self.run(admitted)  # (M, V), of the tips of all active requests
         self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, self.kv_tokens_in_use)
         tokens, logprobs = self.sample(logits)
-        i, done = 0, 0
-        for request in self.active:
-            k = len(request.heads)
-            self.postprocess(request, tokens[i : i + k], logprobs[i : i + k])
-            i += k
-        for row in reversed(range(len(self.active))):
-            if self.active[row].finish:
-                self.vacate(row)
-                done += 1
-        return done
 
-    def vacate(self, row):
-        """Take the request in this row off the machine; the last row fills the gap, so that running rows stay side by side."""
-        request, last = self.active[row], self.active.pop()
+        # postprocess: hand every request the tokens of its tips, then clear the rows of those that
+        # finished
+        first = 0
+        for request in self.active:
+            last = first + len(request.tips)
+            request.receive(tokens[first:last], logprobs[first:last])
+            first = last
+        finished = [request for request in self.active if request.finish_reason]
+        for request in reversed(finished):
+            self.vacate(request)
+        return len(finished)
+
+    def vacate(self, request):
+        """Take a request out of its row; the last row fills the gap, so running rows stay side by side."""
+        last = self.active.pop()
         if last is not request:
-            self.active[row] = last
-            self.memory.move(len(self.active) * self.memory.capacity, row * self.memory.capacity, last.fed)
-        return request
+            capacity = self.runner.capacity
+            self.active[request.row] = last
+            self.runner.move(last.row * capacity, request.row * capacity, last.fed)
+            last.row = request.row
 
     # ---- schedule ----
 
     def schedule(self):
-        """Make room for what running rows will feed, preempt the youngest if there is none, admit waiting requests.
-        Returns the admitted."""
-        memory, budget = self.memory, self.memory.kv_tokens
-        need = max((len(r.ids) for r in self.active), default=0)
+        """Make room for what running rows will feed, and admit waiting requests; returns the admitted."""
+        memory = self.runner
+        budget = memory.kv_tokens
+
+        # A row that is too short: cut the memory anew into longer and fewer ones.  The youngest
+        # requests that no longer have a row wait; on their return all their tokens are prefilled at
+        # once.
+        need = max((len(r.tokens) for r in self.active), default=0)
         if need > memory.capacity:
             capacity = min(budget, max(need, memory.capacity * 3 // 2) + 31)
             rows = min(self.max_rows, budget // capacity)
             while len(self.active) > rows:
-                youngest = self.vacate(max(range(len(self.active)), key=lambda row: self.active[row].index))
-                youngest.fed = 0  # its keys and values are dropped; on its return all its tokens are prefilled at once
+                youngest = max(self.active, key=lambda r: r.index)
+                self.vacate(youngest)
+                youngest.fed = 0
                 self.waiting.appendleft(youngest)
                 self.stats.preemptions += 1
             memory.recut(rows, capacity, [r.fed for r in self.active])
             return []  # no admission in a step that was short of room
-        fresh = []
+
+        # Admit in order of arrival while there is a row that is long enough.
+        admitted = []
         while self.waiting:
-            need = len(self.waiting[0].ids)
-            if not self.active and not fresh and need + min(32, self.max_new_tokens) > memory.capacity:
+            need = len(self.waiting[0].tokens)
+            room = min(32, self.waiting[0].rules.max_new_tokens)  # to begin with
+            if not self.active and need + room > memory.capacity:
                 capacity = min(budget, need + max(32, need // 2))
                 memory.cut(min(self.max_rows, budget // capacity), capacity)
             if len(self.active) == memory.rows or need > memory.capacity:
                 break
             request = self.waiting.popleft()
+            request.row = len(self.active)
             self.active.append(request)
-            fresh.append(request)
-        return fresh
+            admitted.append(request)
+        return admitted
 
     # ---- run ----
 
-    def run(self, fresh):
-        """Feed every token that is not in the KV rows yet; logits (M, V) of all heads, in the order of `active`."""
-        if not fresh:  # the usual step: every request is running
-            return self.decode(range(len(self.active)))
-        row_of = {id(r): row for row, r in enumerate(self.active)}
-        settled = {tuple(r.ids[: r.prompt_len]): r for r in self.active if r.fed}
-        logits = {}
-        leaders, followers = [], []
-        for request in fresh:  # one prefill for all samples of a prompt
-            key = tuple(request.ids[: request.prompt_len])
-            if key in settled and request.used == 0:
-                followers.append((request, settled[key]))
+    def run(self, admitted):
+        """Feed every token that is not in its KV row yet; logits (M, V) of all tips, in order of `active`."""
+        if not admitted:  # the usual step: every request is running
+            return self.decode(self.active)
+
+        # One prefill serves all samples of a prompt: the first computes it, the others copy its
+        # slots.
+        holders = {r.prompt: r for r in self.active if r.fed}
+        leaders = []
+        followers = []
+        for request in admitted:
+            if request.prompt in holders and request.used == 0:
+                followers.append((request, holders[request.prompt]))
             else:
                 leaders.append(request)
-                settled[key] = request
-        leaders.sort(key=lambda r: len(r.ids))
+                holders[request.prompt] = request
+
+        # Prefill in batches of similar lengths, some 8,192 tokens at a time.
+        logits = {}  # of the tips, by row
+        leaders.sort(key=lambda r: len(r.tokens))
         while leaders:
-            count = max(1, 8192 // len(leaders[-1].ids))
-            logits |= self.prefill(leaders[-count:], row_of)
-            del leaders[-count:]
-        for request, source in followers:  # all but the last prompt token, which has to be fed for its logits
-            request.fed = request.prompt_len - 1
-            self.memory.move(row_of[id(source)] * self.memory.capacity, row_of[id(request)] * self.memory.capacity, request.fed)
+            size = max(1, 8192 // len(leaders[-1].tokens))
+            batch = leaders[-size:]
+            del leaders[-size:]
+            for request, part in zip(batch, self.runner.prefill(batch)):
+                logits[request.row] = part
+                request.fed = len(request.tokens)
+                self.stats.prefill_tokens += request.fed
+
+        # The copy leaves out the last prompt token, which has to be fed for its logits.
+        capacity = self.runner.capacity
+        for request, holder in followers:
+            request.fed = len(request.prompt) - 1
+            self.runner.move(holder.row * capacity, request.row * capacity, request.fed)
             self.stats.shared_prompt_tokens += request.fed
-        feeding = [row for row, r in enumerate(self.active) if len(r.ids) > r.fed]
-        if feeding:
-            parts = self.decode(feeding).split([len(self.active[row].heads) for row in feeding])
-            logits |= {id(self.active[row]): part for row, part in zip(feeding, parts)}
-        return torch.cat([logits[id(r)] for r in self.active])
 
-    def prefill(self, requests, row_of):
-        """Feed whole requests into empty rows, padded to one batch."""
-        device = self.model.device
-        # with branches FlexAttention is compiled for every length, so let the lengths be few
-        T = bucket(max(len(r.ids) for r in requests)) if uses_flex(device) and any(r.block for r in requests) else 0
-        ids, group, branch, position = (
-            pad_rows([getattr(r, name) for r in requests], 0, T).to(device) for name in ("ids", "group", "branch", "position")
-        )  # (B, T) each
-        lengths = torch.tensor([len(r.ids) for r in requests], device=device)
-        self.memory.aim_prefill(torch.tensor([row_of[id(r)] for r in requests], device=device), lengths, group, branch)
-        x = self.model.hidden(ids, Layout(group, branch, position), self.memory)  # (B, T, C)
-        heads = [(i, h) for i, r in enumerate(requests) for h in r.heads]
-        i, h = torch.tensor(heads, device=device).unbind(1)
-        parts = self.model.logits(x[i, h]).split([len(r.heads) for r in requests])
-        for r in requests:
-            r.fed = len(r.ids)
-            self.stats.prefill_tokens += r.fed
-        return {id(r): part for r, part in zip(requests, parts)}
+        # Everyone else decodes as in any other step.
+        running = [r for r in self.active if len(r.tokens) > r.fed]
+        if running:
+            parts = self.decode(running).split([len(r.tips) for r in running])
+            logits |= {r.row: part for r, part in zip(running, parts)}
+        return torch.cat([logits[r.row] for r in self.active])
 
-    def decode(self, rows):
-        """Feed the new tokens of these rows; logits (M, V) of their heads.  Packed for the matrices, by row for the attention."""
-        requests, rows = [self.active[row] for row in rows], np.array(rows)  # (R,)
-        fed = np.array([r.fed for r in requests])
-        count = np.array([len(r.ids) for r in requests]) - fed  # new tokens of each row
-        of, col = ragged(count)  # (N,) each
-        row, slot = rows[of], fed[of] + col
-        first = np.cumsum(count) - count  # index of each row's first token among the N
-        head = [f + h - r.fed for f, r in zip(first.tolist(), requests) for h in r.heads]
-        packed = [[x for r in requests for x in getattr(r, name)[r.fed :]] for name in ("ids", "group", "branch", "position")]
-        feed = self.feed_by_kernel if self.kernel else self.feed_by_row
-        logits = feed(np.array([*packed, row, slot, col], dtype=np.int64), head, rows, fed + count, count)
-        for r in requests:
-            r.fed = len(r.ids)
+    def decode(self, requests):
+        """Feed the new tokens of these requests; logits (M, V) of their tips."""
+        logits = self.runner.decode(requests)
+        for request in requests:
+            request.fed = len(request.tokens)
         self.stats.decode_steps += 1
         return logits
-
-    def feed_by_row(self, packed, head, rows, length, count):
-        """packed (7, N): ids, group, branch, position, row, slot, col; head: indices of M of them; the rest as in `cut_pieces`."""
-        shape = rows[-1] + 1, count.max(), length.max()
-        no_mask = shape[1] == 1 and length.min() == shape[2] and not packed[1].any()
-        ids, group, branch, position, row, slot, col = torch.from_numpy(packed).to(self.model.device)  # one copy
-        self.memory.aim_decode(row, slot, col, group, branch, shape, no_mask)
-        x = self.model.hidden(ids[None], Layout(group, branch, position), self.memory)[0]  # (N, C)
-        return self.model.logits(x[torch.tensor(head, device=x.device)])
-
-    def feed_by_kernel(self, packed, head, rows, length, count):
-        """The same through the kernel, in buffers of a few sizes, so that a captured graph can do it."""
-        (_, n), config = packed.shape, self.model.config
-        N, G = 1 << (n - 1).bit_length(), config.num_attention_heads // config.num_key_value_heads
-        M = min(128, max(16, 1 << (int(count.max()) * G - 1).bit_length()))  # query rows of a tile
-        cut, of_token = cut_pieces(rows * self.memory.capacity, length, count, M // G, self.pieces)
-        tokens, pieces = np.zeros((9, N), dtype=np.int64), np.zeros((N + self.pieces, 5), dtype=np.int64)
-        tokens[6] = self.memory.kv_tokens  # idle tokens are stored in the slot that nobody looks at
-        tokens[:4, :n], tokens[4, :n], tokens[5, : len(head)] = packed[:4], packed[5], head
-        tokens[6, :n], tokens[7:, :n], pieces[: len(cut)] = packed[4] * self.memory.capacity + packed[5], of_token, cut
-
-        def feed(buffer):
-            tokens, pieces = buffer[: 9 * N].view(9, N), buffer[9 * N :].view(-1, 5)
-            ids, group, branch, position, slot, head, index, first_piece, num_pieces = tokens
-            self.memory.aim_pieces(index, slot, group, branch, pieces, first_piece, num_pieces, M)
-            x = self.model.hidden(ids[None], Layout(group, branch, position), self.memory)[0]  # (N, C)
-            return self.model.logits(x[head])  # (N, V), the first len(head) of them wanted
-
-        buffer = torch.from_numpy(np.concatenate([tokens.ravel(), pieces.ravel()]))
-        if N > MAX_CAPTURED:
-            return feed(buffer.to(self.model.device))[: len(head)]
-        return self.replay(("feed", N, M), feed, buffer)[: len(head)]
 
     # ---- sample ----
 
     def sample(self, logits):
-        """One token for each head: logits (M, V) -> (token ids, log-probabilities), lists of M."""
-        M, V = logits.shape
-        u = np.concatenate([r.uniforms[r.used : r.used + len(r.heads)] for r in self.active]) if self.temperature else np.zeros(M)
-        u, how = torch.from_numpy(u), (self.temperature, self.top_p, self.top_k)
-        if self.kernel and self.penalty == 1.0 and not self.top_k and self.top_p == 1.0 and M <= MAX_CAPTURED:
-            rows = 1 << (M - 1).bit_length()
-            drawn = self.replay(("draw", rows, how), lambda logits, u: draw(logits, u, None, *how), logits, u, rows=rows)[:, :M]
-        else:
-            shaped = self.penalise(logits) if self.penalty != 1.0 else None
-            drawn = draw(logits, u.to(logits.device), shaped, *how)
-        token, logprob = drawn.tolist()  # the one time that the host waits for the GPU
-        return [int(t) for t in token], logprob
+        """One token for each tip: logits (M, V) -> (token ids, log-probabilities), lists of M."""
+        temperature = self.sampling[0]
+        u = np.zeros(len(logits))
+        if temperature > 0:
+            u = np.concatenate([r.uniforms[r.used : r.used + len(r.tips)] for r in self.active])
+        shaped = self.penalise(logits) if self.penalty != 1.0 else None
+        drawn = self.runner.draw(logits, torch.from_numpy(u), shaped, *self.sampling)
+        tokens, logprobs = drawn.tolist()  # the one time that the host waits for the GPU
+        return [int(token) for token in tokens], logprobs
 
     def penalise(self, logits):
-        """The logits (M, V) after the repetition penalty: inside a step, on the tokens that its branch already holds."""
+        """Logits (M, V) after the repetition penalty: in a step, on tokens that its branch already holds."""
         logits = logits.float().clone()
-        heads = [(r, h) for r in self.active for h in r.heads]
-        for m, (r, h) in enumerate(heads):
-            if r.group[h]:
-                mine = [t for t, g, b in zip(r.ids, r.group, r.branch) if g == r.group[h] and b == r.branch[h]]
-                mine = torch.tensor(sorted(set(mine)), device=logits.device)
+        tips = [(r, r.tokens[tip]) for r in self.active for tip in r.tips]
+        for m, (request, tip) in enumerate(tips):
+            if tip.block:
+                mine = {t.id for t in request.tokens if (t.block, t.branch) == (tip.block, tip.branch)}
+                mine = torch.tensor(sorted(mine), device=logits.device)
                 x = logits[m, mine]
                 logits[m, mine] = torch.where(x > 0, x / self.penalty, x * self.penalty)
         return logits
 
-    # ---- postprocess: the life of a request ----
 
-    def postprocess(self, request, tokens, logprobs):
-        """Append one sampled token per head, then fork, join, go on, or finish."""
-        heads, request.heads = request.heads, []
-        for head, token, logprob in zip(heads, tokens, logprobs):
-            group, branch, position = request.group[head], request.branch[head], request.position[head] + 1
-            request.append(token, group, branch, position, logprob)
-            tag, last = self.tag_of.get(token), len(request.ids) - 1
-            if group:  # in a step
-                if tag == "</step>":
-                    continue
-                if tag or token in self.end_ids:
-                    request.finish, request.error = "malformed", f"{tag or 'end of turn'} inside step {branch}"
-                request.heads.append(last)
-            elif token in self.end_ids:
-                request.finish = "stop"
-            elif tag is None:
-                request.heads.append(last)
-            elif (request.state, tag) not in GRAMMAR:
-                request.finish, request.error = "malformed", f"{tag} in state {request.state}"
-            else:
-                request.state = GRAMMAR[request.state, tag]
-                if tag == "<guideline>":
-                    request.opened = last
-                if tag == "</guideline>":
-                    self.fork(request)
-                else:
-                    request.heads.append(last)
-        if not request.finish and not request.heads:
-            self.join(request)
-        if not request.finish and request.used + len(request.heads) > self.max_new_tokens:
-            request.finish = "length"
+def draw(logits, u, shaped, temperature, top_p, top_k):
+    """One token for each row of logits (M, V) -> (2, M) float64: ids, and their log-probabilities.
 
-    def fork(self, request):
-        """Validate the guideline that just closed, then open one branch per plan, each with its forced beginning."""
-        plans, space, problem = self.read_plans(request.ids[request.opened + 1 : -1])
-        room = self.max_new_tokens - request.used
-        # a checkpoint trained elsewhere may give every tag a line of its own (NPR-4B does): its steps open with the white space that it
-        # has just written itself.  That space belongs to the branch, as in `layout`.
-        openings = [self.tokenizer.encode(f"{space}<step>{space}{i}:", add_special_tokens=False) for i in range(1, plans + 1)]
-        if not problem and not 1 <= plans <= self.max_branches:
-            problem = f"{plans} plans, allowed are 1 to {self.max_branches}"
-        if not problem and sum(map(len, openings)) + plans > room:
-            problem = f"budget of {room} tokens left for {plans} branches"
-        if problem:
-            request.finish, request.error = "malformed", problem
-            return
-        request.block += 1
-        request.widths.append(plans)
-        start = request.position[-1] + 1
-        for i, opening in enumerate(openings, 1):
-            for offset, token in enumerate(opening):
-                request.append(token, request.block, i, start + offset, forced=True)
-            request.heads.append(len(request.ids) - 1)
+    u (M,): random numbers in [0, 1).  shaped (M, V): the logits after penalties, None for the same.
+    temperature 0: the likeliest token.  The log-probabilities are the model's own, without temperature
+    and truncation: what training will see.
+    """
+    size = max(1, MAX_LOGITS // logits.shape[1])
+    if len(logits) > size:  # 1,024 rows of Qwen3's vocabulary would take 3 GB in here
+        shaped_parts = itertools.repeat(None) if shaped is None else shaped.split(size)
+        parts = zip(logits.split(size), u.split(size), shaped_parts)
+        return torch.cat([draw(*part, temperature, top_p, top_k) for part in parts], dim=1)
 
-    def read_plans(self, inside):
-        """(number of plans, white space after the last, problem or '') of the ids between <guideline> and </guideline>.  The tags' order
-        is already known to be right; left to check are the numbers, that no plan is empty, and that nothing stands between plans."""
-        count, content, outside, in_plan, last = 0, [], [], False, 0
-        for token in inside:
-            tag = self.tag_of.get(token)
-            if tag == "<plan>":
-                in_plan, content = True, []
-            elif tag == "</plan>":
-                in_plan, count, last = False, count + 1, len(outside)
-                if not re.match(rf"\s*{count}:\s*\S", self.tokenizer.decode(content)):
-                    return count, "", f"plan {count} does not read '{count}: ..'"
-            else:
-                (content if in_plan else outside).append(token)
-        return count, self.tokenizer.decode(outside[last:]), "text between plans" if self.tokenizer.decode(outside).strip() else ""
+    log_p = logits.float().log_softmax(-1)  # (M, V)
+    untouched = shaped is None and temperature == 1.0
+    shaped = logits if shaped is None else shaped
+    if temperature == 0:
+        token = shaped.argmax(-1)  # (M,)
+    else:
+        p = log_p.exp() if untouched else (shaped.float() / temperature).softmax(-1)  # (M, V)
 
-    def join(self, request):
-        """All branches have closed: the trunk goes on, seeing every one of them, one position after the longest."""
-        if request.used >= self.max_new_tokens:
-            request.finish = "length"
-            return
-        steps = [p for p, g in zip(request.position, request.group) if g == request.block]
-        request.append(self.tag_ids["<takeaway>"], 0, 0, max(steps) + 1, forced=True)
-        request.state = "takeaway"
-        request.heads.append(len(request.ids) - 1)
+        # Truncation keeps the smallest set that holds top_p, and at most top_k tokens.
+        if top_k or top_p < 1:
+            ranked, order = p.sort(dim=-1, descending=True)
+            cut = ranked.cumsum(-1) - ranked >= top_p
+            if top_k:
+                cut[:, top_k:] = True
+            p = torch.zeros_like(p).scatter_(-1, order, ranked.masked_fill(cut, 0.0))
 
-    def result(self, request):
-        """Put a finished request's tokens into sequence order."""
-        P = request.prompt_len
-        group, branch, position = (np.array(x[P:], dtype=np.int32) for x in (request.group, request.branch, request.position))
-        # blocks arrive one after another; inside a block the branches interleave, so sort those by branch, stably
-        stage = np.maximum.accumulate(group) * 2 - (group > 0)  # 0 trunk, 1 block 1, 2 trunk after it, 3 block 2 ..
-        order = np.lexsort((np.arange(len(group)), branch, stage))
-        take = lambda x: [x[P + i] for i in order]  # noqa: E731
-        laid = Layout(group[order], branch[order], position[order] - P)
-        return Rollout(
-            take(request.ids), laid, take(request.forced), take(request.logprobs), request.finish,
-            critical_path=int(laid.position.max(initial=-1)) + 1, num_forks=len(request.widths),
-            max_branches=max(request.widths, default=0), error=request.error,
-        )  # fmt: skip
+        # Inverse CDF with the request's own random numbers: which neighbours share the batch cannot
+        # matter.
+        cdf = p.double().cumsum(-1)  # (M, V)
+        threshold = u[:, None].double() * cdf[:, -1:]
+        token = torch.searchsorted(cdf, threshold, right=True)[:, 0].clamp_(max=p.shape[-1] - 1)
+    logprob = log_p.gather(-1, token[:, None])[:, 0]
+    return torch.stack([token.double(), logprob.double()])
 
 
-# ======================================================================================================================
-# 5. Look at one trajectory
-# ======================================================================================================================
+# ==================================================================================================
+# 5. KV memory: one row per request, prompt, trunk and all branches in order of arrival
+# ==================================================================================================
+# A fork copies nothing: it adds query tokens to the row.  A join recomputes nothing: the trunk's
+# next token simply sees every slot.  And a step reads a row's keys and values once for all its
+# branches, which is where parallel speed comes from.
+
+
+def ragged(counts):
+    """Row and column of every item of a ragged list: [2 1] -> [0 0 1], [0 1 0]."""
+    row = np.repeat(np.arange(len(counts)), counts)
+    first = np.cumsum(counts) - counts
+    return row, np.arange(len(row)) - first[row]
+
+
+class ModelRunner:
+    """The model and its KV memory: a fixed pool of kv_tokens slots, cut into rows of equal capacity.
+
+    The cut moves when a row needs more.  Two arrangements were considered: rows (this one) and pages of
+    32 slots with a table per request.  Rows let attention read memory as it lies.  Pages waste less, but
+    a CPU has to gather them in every layer of every step: measured on one thread, tiny model, 64 rows of
+    320 slots, attention takes 0.42 ms on rows and the gather alone 1.03 ms.  Rows pay with padding up to
+    the longest request.
+    """
+
+    def __init__(self, model, kv_tokens):
+        self.model = model
+        self.kv_tokens = kv_tokens
+        config = model.config
+        weight = model.model["embed_tokens"].weight
+        self.repeat = config.num_attention_heads // config.num_key_value_heads  # query heads of a KV head
+
+        # A slot holds one token's keys and values of all heads, so that storing a token is one
+        # copy.  Zeros, not empty: a masked slot has weight 0, and 0 * NaN garbage would still be
+        # NaN.  One slot more than the budget: idle tokens of a captured graph are stored there.
+        slots = (kv_tokens + 1, 2 * config.num_key_value_heads, config.head_dim)
+        self.pool = weight.new_zeros(config.num_hidden_layers, *slots, requires_grad=False)
+        self.block = torch.zeros(
+            kv_tokens + 1, device=weight.device, dtype=torch.long
+        )  # of each slot's token
+        self.branch = torch.zeros_like(self.block)
+        self.moved_bytes = 0
+        self.compiled = False  # run the layers around attention compiled (section 7)
+        self.cut(0, 0)
+
+    def cut(self, rows, capacity):
+        """Row r is slots r * capacity .. (r + 1) * capacity from now on."""
+        self.rows = rows
+        self.capacity = capacity
+
+    def recut(self, rows, capacity, used):
+        """Cut anew and move the rows in use, used[r] slots of row r; when rows grow, the last moves first."""
+        before = self.capacity
+        self.cut(rows, capacity)
+        for r in sorted(range(len(used)), reverse=capacity > before):
+            self.move(r * before, r * capacity, used[r])
+
+    def move(self, source, target, n):
+        """Copy n slots, to share a prompt, to close a gap, or to cut anew; the spans may overlap."""
+        for store in (self.pool, self.block[None], self.branch[None]):
+            store[:, target : target + n] = store[:, source : source + n].clone()
+        self.moved_bytes += n * self.pool[:, 0].nbytes
+
+    def attend(self, layer, q, k, v):
+        """What every layer calls: store k, v (B, T, H_kv, D), attend with q (B, T, H, D) -> (B, T, H, D).
+
+        A forward pass is prepared first: `index`, the slots where its tokens go, and what it looks at.
+        """
+        new = torch.cat([k, v], dim=2).flatten(0, 1)  # (B*T, 2 H_kv, D)
+        if self.real is not None:  # prefill: nothing earlier lies in these rows
+            self.pool[layer].index_copy_(0, self.index, new[self.real])
+            return attention(q, k, v, self.mask)
+        self.pool[layer].index_copy_(0, self.index, new)
+        return self.look(layer, q)
+
+    def prefill(self, requests):
+        """Feed whole requests into their empty rows, padded to one batch; their tips' logits, (M, V) each."""
+        device = self.model.device
+        length = max(len(r.tokens) for r in requests)
+        # With branches FlexAttention is compiled for every length, so let the lengths be few.
+        if uses_flex(device) and any(r.widths for r in requests):
+            length = bucket(length)
+        integers = [
+            pad_rows([[token[i] for token in r.tokens] for r in requests], 0, length) for i in range(4)
+        ]
+        ids, block, branch, position = torch.stack(integers).to(device)  # (B, T) each
+
+        # Where they go: slots 0, 1, .. of each row, the padding left out.
+        rows = torch.tensor([r.row for r in requests], device=device)
+        lengths = torch.tensor([len(r.tokens) for r in requests], device=device)
+        column = torch.arange(length, device=device)
+        self.real = (column < lengths[:, None]).flatten().nonzero()[:, 0]  # (N,) of the B * T
+        self.index = (rows[:, None] * self.capacity + column).flatten()[self.real]  # (N,) slots
+        self.block[self.index] = block.flatten()[self.real]
+        self.branch[self.index] = branch.flatten()[self.real]
+        self.mask = visibility(block, branch)
+        self.compiled = False
+        x = self.model.hidden(ids, Layout(block, branch, position), self)  # (B, T, C)
+
+        # Only tips need logits: a long prompt's would be the largest tensor of all.
+        tips = torch.tensor([(b, tip) for b, r in enumerate(requests) for tip in r.tips], device=device)
+        logits = self.model.logits(x[tips[:, 0], tips[:, 1]])  # (M, V)
+        return logits.split([len(r.tips) for r in requests])
+
+    def decode(self, requests):
+        """Feed the new tokens of running requests; logits (M, V) of their tips.
+
+        Packed for the matrices, by row for the attention.
+        """
+        rows = np.array([r.row for r in requests])  # (R,)
+        fed = np.array([r.fed for r in requests])
+        length = np.array([len(r.tokens) for r in requests])
+        count = length - fed  # new tokens of each row
+        of, col = ragged(count)  # (N,) each
+        first = np.cumsum(count) - count  # index of each row's first token among the N
+
+        # All that the GPU has to know goes there in one copy: (7, N) integers, and (M,) indices of
+        # tips.
+        integers = [token[:4] for r in requests for token in r.tokens[r.fed :]]
+        packed = np.concatenate([np.array(integers).T, [rows[of], fed[of] + col, col]])
+        tips = [f + tip - r.fed for f, r in zip(first.tolist(), requests) for tip in r.tips]
+        return self.feed(packed, tips, rows, length, count)
+
+    def feed(self, packed, tips, rows, length, count):
+        """The device's part of `decode`.
+
+        packed (7, N): id, block, branch, position, row, slot in the row, place among the row's new tokens;
+        tips: indices of M of them; rows, length, count (R,): rows, their slots in use after this step, and
+        their new tokens.
+        """
+        R = rows[-1] + 1
+        Q = count.max()
+        S = length.max()
+        ids, block, branch, position, row, slot, col = torch.from_numpy(packed).to(self.model.device)
+        self.real = None
+        self.index = row * self.capacity + slot
+        self.block[self.index] = block
+        self.branch[self.index] = branch
+
+        # Attention takes the tokens by row, (R, Q): rows that feed fewer are padded with idle
+        # queries, which look at slot 0 and are thrown away.
+        place = None if len(row) == R * Q else row * Q + col  # (N,) of the R * Q
+        by_row = self.pool[:, : R * self.capacity].unflatten(1, (R, self.capacity))
+        seen = by_row[:, :, :S].transpose(2, 3)  # (layers, R, 2 H_kv, S, D)
+
+        # Who sees whom, from the integers of queries and slots; -inf where a query must not look.
+        # No bias at all in the usual sequential step: one trunk token a row, in the last slot,
+        # which sees all there is.
+        bias = None
+        if Q > 1 or length.min() < S or packed[1].any():
+            queries = torch.zeros(3, R * Q, dtype=torch.long, device=row.device)
+            queries[:, row * Q + col] = torch.stack([slot, block, branch])
+            q_slot, q_block, q_branch = queries.view(3, R, Q, 1)
+            k_block = self.block[: R * self.capacity].view(R, 1, self.capacity)[..., :S]  # (R, 1, S)
+            k_branch = self.branch[: R * self.capacity].view(R, 1, self.capacity)[..., :S]
+            later = torch.arange(S, device=row.device) > q_slot  # (R, Q, S)
+            sibling = (q_block == k_block) & (q_block != 0) & (q_branch != k_branch)
+            bias = torch.zeros(R, Q, S, dtype=self.pool.dtype, device=row.device)
+            bias.masked_fill_(later | sibling, float("-inf"))
+            bias = bias.repeat(1, self.repeat, 1)[:, None]  # (R, 1, repeat * Q, S)
+
+        def look(layer, q):  # (1, N, H, D) -> (1, N, H, D)
+            H, D = q.shape[2:]
+            keys, values = seen[layer].chunk(2, dim=1)  # (R, H_kv, S, D) each
+            if place is not None:
+                q = q.new_zeros(R * Q, H, D).index_copy_(0, place, q[0])
+
+            # Query heads that share a key/value head become further queries of it, so keys and values
+            # are read once for all of them.  With one new token a row that is a matter of views.
+            if Q == 1 and place is None:
+                q = q.reshape(R, -1, self.repeat, D)  # (R, H_kv, repeat, D)
+                return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).reshape(1, R, H, D)
+            q = q.reshape(R, Q, -1, self.repeat, D).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)  # (R, H_kv, repeat * Q, D)
+            out = out.unflatten(2, (self.repeat, Q)).permute(0, 3, 1, 2, 4).reshape(1, R * Q, H, D)
+            return out if place is None else out[:, place]
+
+        self.look = look
+        x = self.model.hidden(ids[None], Layout(block, branch, position), self)[0]  # (N, C)
+        return self.model.logits(x[torch.tensor(tips, device=x.device)])
+
+    def draw(self, logits, u, shaped, temperature, top_p, top_k):
+        """`draw`, with the random numbers u still on the host."""
+        return draw(logits, u.to(logits.device), shaped, temperature, top_p, top_k)
+
+
+# ==================================================================================================
+# 6. Look at one trajectory
+# ==================================================================================================
 
 
 def render(tokenizer, rollout, width):
-    """A rollout as lines of text at most `width` wide: the trunk across, the branches of each block side by side."""
-    lines, start = [], 0
-    keys = list(zip(rollout.layout.group.tolist(), rollout.layout.branch.tolist()))
-    cuts = [i for i in range(1, len(keys)) if keys[i] != keys[i - 1]] + [len(keys)]
+    """A rollout as lines at most `width` wide: the trunk across, a block's branches side by side."""
+    lines = []
     columns = []  # of the block being drawn
-    for end in cuts:
-        text = tokenizer.decode(rollout.ids[start:end])
-        if keys[start][0]:
+    places = list(zip(rollout.layout.block.tolist(), rollout.layout.branch.tolist()))
+    for (block, _), piece in itertools.groupby(zip(places, rollout.ids), key=lambda pair: pair[0]):
+        text = tokenizer.decode([id for _, id in piece])
+        if block:
             columns.append(text)
         else:
-            lines += textwrap.wrap(text, width, break_on_hyphens=False)
-        if columns and (end == len(keys) or keys[end][0] == 0):
-            each = max(8, (width - 3 * (len(columns) - 1)) // len(columns))
-            wrapped = [textwrap.wrap(c, each, break_on_hyphens=False) for c in columns]
-            lines += [" | ".join(cell.ljust(each) for cell in row).rstrip() for row in itertools.zip_longest(*wrapped, fillvalue="")]
+            lines += side_by_side(columns, width) + textwrap.wrap(text, width, break_on_hyphens=False)
             columns = []
-        start = end
-    return lines
+    return lines + side_by_side(columns, width)
+
+
+def side_by_side(columns, width):
+    """Texts as lines in columns of equal width: ['ab cd', 'e'], 19 -> ['ab cd    | e']."""
+    if not columns:
+        return []
+    each = max(8, (width - 3 * (len(columns) - 1)) // len(columns))
+    wrapped = [textwrap.wrap(column, each, break_on_hyphens=False) for column in columns]
+    rows = itertools.zip_longest(*wrapped, fillvalue="")
+    return [" | ".join(cell.ljust(each) for cell in row).rstrip() for row in rows]
 
 
 class LiveEngine(Engine):
@@ -1033,33 +1073,368 @@ class LiveEngine(Engine):
         request = (self.active or self.waiting)[0]
         done = super().step()
         width, height = shutil.get_terminal_size()
-        lines = render(self.tokenizer, self.result(request), width - 1)
+        lines = render(self.tokenizer, request.rollout(), width - 1)
         print("\x1b[H\x1b[J" + "\n".join(lines[-(height - 3) :]), flush=True)
         return done
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    # fmt: off
     p.add_argument("question", help="the question, as the problems of stage 0 write it")
     p.add_argument("--init", default="out/stage3", help="checkpoint folder or hub name, of stage 2 or 3")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=int, default=1024, help="budget, all branches together")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    # fmt: on
     args = p.parse_args()
     device = pick_device(args.device)
     model, tokenizer = load(args.init, device)
+
+    # On a terminal the branches grow before the reader's eyes; into a file goes the end alone.
     live = sys.stdout.isatty()
     engine = (LiveEngine if live else Engine)(model, tokenizer)
     prompt = prompt_ids(tokenizer, args.question, FORMAT_PROMPT)
-    [[rollout]] = engine.generate([prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
+    [[rollout]] = engine.generate(
+        [prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed
+    )
     if not live:
         print("\n".join(render(tokenizer, rollout, 120)))
-    seconds, path = engine.stats.seconds, max(1, rollout.critical_path)
+
+    # What parallel thought bought: tokens written for each that had to be waited for.
+    tokens = len(rollout.ids)
+    path = max(1, rollout.critical_path)
+    seconds = engine.stats.seconds
+    ended = rollout.finish_reason + (f": {rollout.error}" if rollout.error else "")
     print(
-        f"{rollout.finish_reason}{': ' + rollout.error if rollout.error else ''} | {len(rollout.ids)} tokens on a critical path of "
-        f"{path} ({len(rollout.ids) / path:.2f}x) | {engine.stats.decode_steps} steps, {seconds:.2f} s, {len(rollout.ids) / seconds:.0f} tokens/s"
+        f"{ended} | {tokens} tokens on a critical path of {path} ({tokens / path:.2f}x) | "
+        f"{engine.stats.decode_steps} steps, {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
     )
+
+
+# ==================================================================================================
+# 7. CUDA: one kernel for all branches of a row, and captured graphs.  The ideas end above.
+# ==================================================================================================
+# The kernel is FlashDecoding (split-KV with online softmax) over branches.  A *tile* is up to M
+# query rows of one KV row: its new tokens times the query heads that share a key/value head.  The
+# slots that a tile looks at are cut into *splits* of about one length over all rows, so that one
+# long row fills the GPU as well as many short ones.  Each program takes one split of one key/value
+# head; what the splits of a tile saw is merged by the log-sum-exp of their scores.  The launch
+# depends on the number of tokens and splits alone: what is in them, lengths too, is read on the
+# GPU, so one captured graph serves every step.
+
+SPLIT_SLOTS = 64  # splits are multiples of so many slots
+
+
+def make_splits(start, length, count, most, target, slots=SPLIT_SLOTS):
+    """Cut what a decode step has to look at into splits.  All arrays (R,), int64.
+
+    start, length: a row's first slot, and how many of its slots are in use; count: its new tokens, in
+    tiles of at most `most`; target: how many splits the slots of all rows together should give (each
+    tile's last split comes on top).  Returns splits (W, 5): start, begin, end, first token, tokens; and
+    of_token (2, N): a token's first split, and its number of splits.
+
+    start [0 9], length [5 3], count [2 1], most 8, target 2, slots 4 ->
+    splits [[0 0 4 0 2] [0 4 5 0 2] [9 0 3 2 1]], of_token [[0 0 2] [2 2 1]]
+    """
+    # tiles: a row's new tokens, at most so many together
+    row, tile = ragged(-(-count // most))
+    first = (np.cumsum(count) - count)[row] + tile * most
+    tokens = np.minimum(most, count[row] - tile * most)
+
+    # splits of each tile, all of one size but the last
+    size = -(-length[row].sum() // (target * slots)) * slots
+    cuts = -(-length[row] // size)
+    tile, cut = ragged(cuts)
+    end = np.minimum((cut + 1) * size, length[row][tile])
+    splits = np.stack([start[row][tile], cut * size, end, first[tile], tokens[tile]], axis=1)
+    return splits, np.repeat([np.cumsum(cuts) - cuts, cuts], tokens, axis=1)
+
+
+if triton is not None:
+
+    @triton.jit
+    def split_kv_kernel(
+        # what `split_kv_attention` describes
+        q,
+        q_stride,
+        kv,
+        slot,
+        block,
+        branch,
+        slot_block,
+        slot_branch,
+        splits,
+        partial,
+        partial_lse,
+        scale,
+        # known when compiled: BLOCK_D is D rounded up, BLOCK_N how many slots are read at once
+        H_KV: tl.constexpr,
+        REPEAT: tl.constexpr,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+    ):
+        """Softmax attention of one tile's queries over one split of one key/value head, and its log-sum-exp.
+
+        All in base 2, because exp2 is what the hardware has.
+        """
+        split, kv_head = tl.program_id(0), tl.program_id(1)
+        mine = splits + 5 * split
+        start, begin, end = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
+        first, tokens = tl.load(mine + 3), tl.load(mine + 4)
+        if tokens == 0:  # a captured graph launches as many programs as it may ever need
+            return
+
+        # Query row m is head m % REPEAT of this key/value head, of the tile's token m // REPEAT.
+        m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
+        token, real, wide = first + m // REPEAT, m // REPEAT < tokens, d < D
+        heads = q + token[:, None] * q_stride + (kv_head * REPEAT + m % REPEAT)[:, None] * D
+        queries = tl.load(heads + d[None], mask=real[:, None] & wide[None], other=0.0)  # (M, D)
+        q_slot = tl.load(slot + token, mask=real, other=-1)[:, None]  # (M, 1)
+        q_block = tl.load(block + token, mask=real, other=0)[:, None]
+        q_branch = tl.load(branch + token, mask=real, other=0)[:, None]
+
+        # Online softmax: weights relative to the largest score so far, rescaled when a larger one
+        # comes.
+        largest = tl.full((M,), float("-inf"), tl.float32)
+        total = tl.zeros((M,), tl.float32)  # sum of 2^(score - largest)
+        acc = tl.zeros((M, BLOCK_D), tl.float32)  # sum of 2^(score - largest) value
+        for n0 in range(begin, end, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            inside = n < end
+            at = (start + n).to(tl.int64)  # a pool may have more than 2^31 numbers
+            rows = kv + (at * (2 * H_KV) + kv_head)[:, None] * D + d[None]
+            keys = tl.load(rows, mask=inside[:, None] & wide[None], other=0.0)  # (BLOCK_N, D)
+            values = tl.load(rows + H_KV * D, mask=inside[:, None] & wide[None], other=0.0)
+
+            # Who sees whom: what came earlier in the row, except siblings.
+            k_block = tl.load(slot_block + at, mask=inside, other=0)[None]  # (1, BLOCK_N)
+            k_branch = tl.load(slot_branch + at, mask=inside, other=0)[None]
+            sibling = (q_block == k_block) & (q_block != 0) & (q_branch != k_branch)
+            score = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale  # (M, BLOCK_N)
+            score = tl.where((n[None] <= q_slot) & inside[None] & (sibling == 0), score, float("-inf"))
+
+            # Nothing seen yet: the base is 0, so that weights are 0 and not exp(-inf + inf).
+            new = tl.maximum(largest, tl.max(score, 1))
+            base = tl.where(new == float("-inf"), 0.0, new)
+            weight, shrink = tl.exp2(score - base[:, None]), tl.exp2(largest - base)
+            total = total * shrink + tl.sum(weight, 1)
+            acc = acc * shrink[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+            largest = new
+
+        # The log-sum-exp is -inf where nothing was seen.
+        to = (split * H_KV + kv_head).to(tl.int64) * M + m
+        seen = tl.where(total > 0, total, 1.0)
+        tl.store(partial + to[:, None] * D + d[None], acc / seen[:, None], mask=real[:, None] & wide[None])
+        tl.store(partial_lse + to, largest + tl.log2(seen), mask=real)
+
+    @triton.jit
+    def merge_splits_kernel(
+        partial,
+        partial_lse,
+        splits,
+        first_split,
+        num_splits,
+        out,
+        # known when it is compiled: AT_ONCE is how many splits are read at once
+        H_KV: tl.constexpr,
+        REPEAT: tl.constexpr,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        M: tl.constexpr,
+        AT_ONCE: tl.constexpr,
+    ):
+        """Average the splits of one token and query head, weighted by 2^lse: online softmax again."""
+        token, head = tl.program_id(0), tl.program_id(1)
+        first, count = tl.load(first_split + token), tl.load(num_splits + token)
+        if count == 0:
+            return
+
+        # m: the token's query row in its tile
+        m = (token - tl.load(splits + 5 * first + 3)) * REPEAT + head % REPEAT
+        d = tl.arange(0, BLOCK_D)
+        largest = tl.full((AT_ONCE,), float("-inf"), tl.float32)
+        total = tl.zeros((AT_ONCE,), tl.float32)
+        acc = tl.zeros((AT_ONCE, BLOCK_D), tl.float32)
+        for i in range(0, count, AT_ONCE):
+            s = i + tl.arange(0, AT_ONCE)
+            at = ((first + s) * H_KV + head // REPEAT).to(tl.int64) * M + m
+            lse = tl.load(partial_lse + at, mask=s < count, other=float("-inf"))
+            values = tl.load(
+                partial + at[:, None] * D + d[None], mask=(s < count)[:, None] & (d < D)[None], other=0.0
+            )
+
+            # as in the kernel above, AT_ONCE sums side by side
+            new = tl.maximum(largest, lse)
+            base = tl.where(new == float("-inf"), 0.0, new)
+            weight, shrink = tl.exp2(lse - base), tl.exp2(largest - base)
+            total = total * shrink + weight
+            acc = acc * shrink[:, None] + weight[:, None] * values
+            largest = new
+
+        # A query that saw nothing gets zeros.
+        base = tl.max(largest, 0)
+        weight = tl.exp2(largest - tl.where(base == float("-inf"), 0.0, base))
+        total = tl.sum(weight * total, 0)
+        result = tl.sum(weight[:, None] * acc, 0) / tl.where(total > 0, total, 1.0)
+        to = out + (token * H_KV * REPEAT + head) * D + d
+        tl.store(to, result.to(out.dtype.element_ty), mask=d < D)
+
+
+def split_kv_attention(
+    q, kv, slot, block, branch, slot_block, slot_branch, splits, first_split, num_splits, M
+):
+    """Attention of new tokens over their KV rows, cut by `make_splits` with most = M // (H / H_kv).
+
+    q (N, H, D); kv (slots, 2 H_kv, D), keys and values of one layer; slot, block, branch (N,): each
+    token's place in its row, and its integers; slot_block, slot_branch (slots,); splits (W, 5), one of 0
+    tokens is idle; first_split, num_splits (N,), a token of 0 splits is idle and its result undefined;
+    M query rows of a tile.  Returns (N, H, D).
+    """
+    N, H, D = q.shape
+    W = len(splits)
+    H_kv = kv.shape[1] // 2
+    partial = torch.empty(W, H_kv, M, D, device=q.device, dtype=torch.float32)
+    partial_lse = torch.empty(W, H_kv, M, device=q.device, dtype=torch.float32)
+    out = torch.empty(N, H, D, device=q.device, dtype=q.dtype)
+    sizes = dict(H_KV=H_kv, REPEAT=H // H_kv, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), M=M)
+
+    # One program per split and key/value head, then one per token and query head.
+    scale = D**-0.5 * math.log2(math.e)
+    tokens = (slot, block, branch, slot_block, slot_branch, splits)
+    tuning = dict(BLOCK_N=64 if q.element_size() == 2 else 32, num_warps=4 if M < 128 else 8, num_stages=2)
+    split_kv_kernel[W, H_kv](q, q.stride(0), kv, *tokens, partial, partial_lse, scale, **sizes, **tuning)
+    merge_splits_kernel[N, H](partial, partial_lse, splits, first_split, num_splits, out, **sizes, AT_ONCE=16)
+    return out
+
+
+class CudaGraphs:
+    """Runs functions on buffers that stay where they are, so that each is captured once per key and replayed.
+
+    One launch instead of a thousand.  What a function computes must not depend on anything but the key,
+    the buffers, and memory that is changed in place (weights, KV pool).  On a CPU it is simply run.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.buffers = {}
+        self.captured = {}
+        self.pool = None
+
+    def __call__(self, key, function, *inputs, rows=None):
+        """function(*inputs) -> one tensor, valid until the next call.
+
+        rows: inputs are padded to so many with what is left there.
+        """
+        if key not in self.buffers:
+            shapes = [(rows or len(x), *x.shape[1:]) for x in inputs]
+            self.buffers[key] = [
+                torch.zeros(shape, dtype=x.dtype, device=self.device) for shape, x in zip(shapes, inputs)
+            ]
+        buffers = self.buffers[key]
+        for buffer, x in zip(buffers, inputs):
+            if self.device.type == "cuda" and not x.is_cuda:
+                x = x.pin_memory()  # from pinned memory a copy does not make the host wait
+            buffer[: len(x)].copy_(x, non_blocking=True)
+        if self.device.type != "cuda":
+            return function(*buffers)
+
+        # Captured at the first meeting of a key, replayed ever after.
+        if key not in self.captured:
+            self.captured[key] = self.capture(function, buffers)
+        graph, result = self.captured[key]
+        graph.replay()
+        return result
+
+    def capture(self, function, buffers):
+        """A first run off the record compiles kernels and lets libraries take their memory.
+
+        It writes what the replay will write again.
+        """
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*buffers)
+        torch.cuda.current_stream().wait_stream(stream)
+
+        # Graphs run one after another, so they can share their memory.
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = function(*buffers)
+        return graph, result
+
+
+MAX_CAPTURED = 1024  # tokens of a step: with more of them the GPU is busy for longer than the launches take
+
+
+class CudaRunner(ModelRunner):
+    """The same steps by the kernel, in buffers of a few sizes, so that captured graphs can do them."""
+
+    def __init__(self, model, kv_tokens):
+        super().__init__(model, kv_tokens)
+        self.graphs = CudaGraphs(model.device)
+        # Work that keeps the GPU busy: two programs for each multiprocessor, shared by the
+        # key/value heads.
+        programs = 16
+        if model.device.type == "cuda":
+            programs = 2 * torch.cuda.get_device_properties(model.device).multi_processor_count
+        self.num_splits = max(1, programs // model.config.num_key_value_heads)
+
+    def feed(self, packed, tips, rows, length, count):
+        n = packed.shape[1]
+        N = 1 << (n - 1).bit_length()  # tokens, idle ones included
+        M = min(128, max(16, 1 << (int(count.max()) * self.repeat - 1).bit_length()))  # query rows of a tile
+        start = rows * self.capacity
+        cut, of_token = make_splits(start, length, count, M // self.repeat, self.num_splits)
+
+        # Idle tokens are stored in the slot that nobody looks at.
+        tokens = np.zeros((9, N), dtype=np.int64)
+        tokens[:4, :n] = packed[:4]  # id, block, branch, position
+        tokens[4, :n] = packed[5]  # slot in the row
+        tokens[5, : len(tips)] = tips
+        tokens[6] = self.kv_tokens
+        tokens[6, :n] = packed[4] * self.capacity + packed[5]  # slot in the pool
+        tokens[7:, :n] = of_token
+        splits = np.zeros((N + self.num_splits, 5), dtype=np.int64)
+        splits[: len(cut)] = cut
+
+        def step(buffer):
+            tokens = buffer[: 9 * N].view(9, N)
+            ids, block, branch, position, slot, tips, self.index, first_split, num_splits = tokens
+            self.block[self.index] = block
+            self.branch[self.index] = branch
+            splits = buffer[9 * N :].view(-1, 5)
+            seen = (slot, block, branch, self.block, self.branch, splits, first_split, num_splits, M)
+
+            # Around the kernel every layer runs compiled.
+            self.real = None
+            self.look = lambda layer, q: split_kv_attention(q[0], self.pool[layer], *seen)[None]
+            self.compiled = True
+            x = self.model.hidden(ids[None], Layout(block, branch, position), self)[0]  # (N, C)
+            return self.model.logits(x[tips])  # (N, V), the first len(tips) of them wanted
+
+        buffer = torch.from_numpy(np.concatenate([tokens.ravel(), splits.ravel()]))
+        if N > MAX_CAPTURED:
+            return step(buffer.to(self.model.device))[: len(tips)]
+        return self.graphs(("feed", N, M), step, buffer)[: len(tips)]
+
+    def draw(self, logits, u, shaped, temperature, top_p, top_k):
+        """Captured too, where the draw is a plain one."""
+        rows = 1 << (len(logits) - 1).bit_length()
+        if shaped is not None or top_k or top_p < 1 or len(logits) > MAX_CAPTURED:
+            return super().draw(logits, u, shaped, temperature, top_p, top_k)
+
+        def plain(logits, u):
+            return draw(logits, u, None, temperature, top_p, top_k)
+
+        key = ("draw", rows, temperature)
+        return self.graphs(key, plain, logits, u, rows=rows)[:, : len(logits)]
 
 
 if __name__ == "__main__":

@@ -1,44 +1,53 @@
-r"""Stage 1, NPR-ZERO: find the parallel format by reinforcement learning (DAPO with a format reward), decoding sequentially.
+r"""Stage 1, NPR-ZERO: find the parallel format by reinforcement learning, decoding sequentially.
 
-In : out/stage0 (or --init any Qwen3 checkpoint).      Out: out/stage1/, a checkpoint that writes the format by itself.
+In : out/stage0, or --init any Qwen3.   Out: out/stage1/, a model that writes the format by itself.
 
-For every question the policy writes G responses.  A response scores by its format alone until the format is perfect, then by its
-answer:  R = F if F < 0 else +1 / -1.     A_i = (R_i - mean_G) / (std_G + eps)
-L = -(1 / sum_i |y_i|) sum_i sum_t min(r_it A_i, clip(r_it, 1 - 0.2, 1 + 0.28) A_i),     r_it = pi(y_it) / pi_old(y_it)
+For every question the policy writes G responses.  Each scores by its format until that is perfect,
+then by its answer:                          R = F if F < 0 else +1 / -1
+Against its group's mean that is its advantage:   A_i = (R_i - mean_G) / (std_G + eps)
+and every token of it is pushed by A_i, clipped (r_it = pi(y_it) / pi_old(y_it)):
+L = -(1 / sum_i |y_i|) sum_i sum_t min(r_it A_i, clip(r_it, 1 - 0.2, 1 + 0.28) A_i)
 
     python stage1_zero.py                         # reads out/stage0, writes out/stage1
-    python stage1_zero.py --init Qwen/Qwen3-4B-Instruct-2507 --data orz_math_57k_collected.json ..   # README, "With a real model"
+    python stage1_zero.py --init Qwen/Qwen3-4B-Instruct-2507 --data orz_math_57k_collected.json
     torchrun --nproc-per-node 2 stage1_zero.py    # data-parallel: same numbers, less time
 
-Differences from the paper: (1) it grades violations in (-2, 0]; here every violation scores in [-2, -1.1], because a violation milder
-than a wrong answer (-1) is worth committing, and the policy collapses into nearly valid.
-Differences from textbook PPO (all DAPO's): (1) no critic, group advantages; (2) the upper clip is wider, so rare tokens can grow;
-(3) groups whose rewards are all equal are dropped and replaced; (4) every token weighs the same; (5) soft overlong penalty; (6) no KL.
+Difference from the paper:
+1. It grades violations in (-2, 0]; here every violation scores in [-2, -1.1], because a violation
+   milder than a wrong answer (-1) is worth committing, and the policy collapses into nearly valid.
+Differences from textbook PPO, all of them DAPO's (arXiv 2503.14476):
+1. no critic: a response is compared with its group;
+2. the upper clip is wider than the lower, so that rare tokens can grow;
+3. groups whose rewards are all equal teach nothing: they are dropped and replaced;
+4. every token weighs the same, in a short response and in a long one;
+5. a soft penalty for overlong responses;
+6. no KL term.
 """
 
 import argparse
 import re
 import time
 from dataclasses import dataclass, field
+from statistics import fmean
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import Engine, Sequence, batches, token_logprobs
-from stage0_model import (
-    ANY_TAG, KINDS, Run, draw_problems, from_all_ranks, load, make_optimizers, my_share, pick_device, print_inherited, prompt_ids,
-    ranks, read_problems, read_prompt, recompute_activations, response_text, run_main, set_lr, update,
-)  # fmt: skip
+from engine import Engine, Example, Rollout, batches, token_logprobs
+from stage0_model import ANY_TAG, KINDS, draw_problems, read_problems, read_prompt  # questions
+from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
+from stage0_model import make_optimizers, recompute_activations, set_lr, update  # optimisation
+from stage0_model import Run, from_all_ranks, my_share, pick_device, ranks, run_main  # the process
 
-# ======================================================================================================================
+# ==================================================================================================
 # 1. The format reward
-# ======================================================================================================================
+# ==================================================================================================
 
-# Every violation and its score.  A response's score is that of its worst violation.  All lie below -1, a wrong answer's reward.
+# Every violation and its score.  A response scores as its worst violation does, and all of them lie
+# below -1, the reward of a wrong answer.
 VIOLATIONS = {
     "no block": -2.0,  # not a single guideline
-    "overlapping tags": -2.0,  # a tag opened inside another or closed without being open; plans inside a guideline are right
+    "overlapping tags": -2.0,  # opened inside another (plans in a guideline are right), or closed unopened
     "block out of order": -1.8,  # not guideline, steps, takeaway, in this order
     "counts differ": -1.6,  # a block's steps are not one per plan
     "numbering": -1.5,  # plans or steps are not 1, 2, .. k
@@ -50,75 +59,106 @@ VIOLATIONS = {
 
 @dataclass
 class Response:
-    """What a response's text is made of: blocks of (plans, steps, takeaway) contents, the text after, and what is wrong."""
+    """What a response's text is made of."""
 
-    blocks: list = field(default_factory=list)
-    final: str = ""
-    violations: list = field(default_factory=list)
+    blocks: list = field(default_factory=list)  # (plans, steps, takeaway) of each, without tags and numbers
+    final: str = ""  # the text after the last block
+    violations: list = field(default_factory=list)  # keys of VIOLATIONS, worst first
 
 
-def parse_response(text):
-    r"""Read a response strictly (D2); never raises.
+def read_elements(text):
+    """The top-level elements of a response in order, as (name, [contents]), and what is wrong with them.
 
-    '<guideline><plan>1:A</plan></guideline><step>1:A7+2=9</step><takeaway>9</takeaway>\boxed{9}' ->
-    Response(blocks=[(['A'], ['A7+2=9'], '9')], final='\\boxed{9}', violations=[])
+    A guideline's contents are its plans, any other element has one.  Also returns the text at the end.
+    '<guideline><plan>1:A</plan></guideline><step>1:x</step> y' ->
+    [('guideline', ['1:A']), ('step', ['1:x'])], set(), ' y'
     """
-    response, wrong = Response(), set()
-    pieces, tags = ANY_TAG.split(text), ANY_TAG.findall(text)  # piece 0, tag 0, piece 1, tag 1, .. piece n
+    pieces = ANY_TAG.split(text)  # piece 0, tag 0, piece 1, tag 1, .. piece n
+    tags = ANY_TAG.findall(text)
+    elements = []
+    violations = set()
+    opened = []  # names of the tags that are open, outermost first
+    plans = []  # of the guideline that is open
 
-    # elements: the top-level spans in order, as (name, [contents]); a guideline's contents are its plans
-    elements, stack, plans = [], [], []
     for piece, tag in zip(pieces, tags):
-        name, closing = tag.strip("</>"), tag[1] == "/"
-        inside = stack[-1] if stack else None
+        name = tag.strip("</>")
+        inside = opened[-1] if opened else None
+        # Outside every element, and between the plans of a guideline, only white space may stand.
         if inside in (None, "guideline") and piece.strip():
-            wrong.add("text between tags")
-        if closing:
-            if inside != name:
-                wrong.add("overlapping tags")
-                continue
-            stack.pop()
+            violations.add("text between tags")
+
+        if not tag.startswith("</"):
+            # Plans open inside a guideline, everything else at the top level.
+            if inside != ("guideline" if name == "plan" else None):
+                violations.add("overlapping tags")
+            opened.append(name)
+            if name == "guideline":
+                plans = []
+        elif inside != name:
+            violations.add("overlapping tags")
+        else:
+            # A closing tag that fits: what stands before it is the element's content.
+            opened.pop()
             if name == "plan":
                 plans.append(piece)
             else:
                 elements.append((name, plans if name == "guideline" else [piece]))
-        else:
-            if inside != ("guideline" if name == "plan" else None):
-                wrong.add("overlapping tags")
-            stack.append(name)
-            plans = [] if name == "guideline" else plans
-    if stack:
-        wrong.add("overlapping tags")
-    response.final = pieces[-1]
 
-    # blocks: guideline step+ takeaway, and nothing else
-    names = "".join({"guideline": "g", "step": "s", "takeaway": "t", "plan": "p"}[name] for name, _ in elements)
-    if "<guideline>" not in tags:
-        wrong.add("no block")
-    elif not re.fullmatch("(gs+t)+", names):
-        wrong.add("block out of order")
-    for match in re.finditer("g(s*)(t?)", names):
-        first = match.start()
-        plans = elements[first][1]
-        steps = [content[0] for _, content in elements[first + 1 : match.end(1)]]
-        takeaway = elements[match.start(2)][1][0] if match.group(2) else ""
+    if opened:
+        violations.add("overlapping tags")
+    return elements, violations, pieces[-1]
+
+
+def without_numbers(contents):
+    """Contents of plans or steps without their numbers, and whether those were 1, 2, .. in order.
+
+    ['1:A', '2: B'] -> ['A', 'B'], True        ['2:A'] -> ['A'], False        ['A'] -> ['A'], False
+    """
+    numbered = [re.fullmatch(r"\s*(\d+):(.*)", content, re.S) for content in contents]
+    bare = [(match[2] if match else content).strip() for match, content in zip(numbered, contents)]
+    numbers = [int(match[1]) if match else None for match in numbered]
+    return bare, numbers == list(range(1, len(contents) + 1))
+
+
+def parse_response(text):
+    r"""Read a response strictly; never raises.
+
+    '<guideline><plan>1:A</plan></guideline><step>1:A7+2=9</step><takeaway>9</takeaway>\boxed{9}' ->
+    Response(blocks=[(['A'], ['A7+2=9'], '9')], final='\\boxed{9}', violations=[])
+    """
+    elements, violations, final = read_elements(text)
+    blocks = []
+
+    # The order of elements as one letter each: a response is right when it reads gsst, gst, gsssgst
+    # .. (guideline, steps, takeaway).  A plan outside every guideline has no place in it.
+    order = "".join(name[0] for name, _ in elements)
+    if "<guideline>" not in text:
+        violations.add("no block")
+    elif not re.fullmatch("(gs+t)+", order):
+        violations.add("block out of order")
+
+    # Block by block: are there as many steps as plans, and do both count 1, 2, ..?
+    for match in re.finditer("g(s*)(t?)", order):
+        plans = elements[match.start()][1]
+        steps = [contents[0] for _, contents in elements[match.start(1) : match.end(1)]]
+        takeaway = elements[match.start(2)][1][0] if match[2] else ""
         if len(plans) != len(steps) or not plans:
-            wrong.add("counts differ")
-        bare = []
-        for contents, least in ((plans, 1), (steps, 3)):
-            numbered = [re.fullmatch(r"\s*(\d+):(.*)", c, re.S) for c in contents]
-            if [m and int(m[1]) for m in numbered] != list(range(1, len(contents) + 1)):
-                wrong.add("numbering")
-            bare.append([(m[2] if m else c).strip() for m, c in zip(numbered, contents)])
-            if any(len(c) < least for c in bare[-1]):
-                wrong.add("nearly empty")
-        if match.group(2) and not takeaway.strip():
-            wrong.add("nearly empty")
-        response.blocks.append((*bare, takeaway))
-    if text.count("\\boxed{") != 1 or not re.search(r"\\boxed\{.+\}", response.final):
-        wrong.add("no answer")
-    response.violations = sorted(wrong, key=list(VIOLATIONS).index)  # worst first
-    return response
+            violations.add("counts differ")
+
+        plans, plans_in_order = without_numbers(plans)
+        steps, steps_in_order = without_numbers(steps)
+        if not (plans_in_order and steps_in_order):
+            violations.add("numbering")
+
+        # An empty shell would earn the format's reward without any thought in it.
+        empty = not all(plans) or any(len(step) < 3 for step in steps)
+        if empty or (match[2] and not takeaway.strip()):
+            violations.add("nearly empty")
+        blocks.append((plans, steps, takeaway))
+
+    if text.count("\\boxed{") != 1 or not re.search(r"\\boxed\{.+\}", final):
+        violations.add("no answer")
+    return Response(blocks, final, sorted(violations, key=list(VIOLATIONS).index))
 
 
 def format_score(text):
@@ -135,17 +175,19 @@ def overlong_penalty(num_tokens, max_new_tokens, buffer):
     return -min(1.0, max(0.0, (num_tokens - (max_new_tokens - buffer)) / buffer))
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 2. DAPO
-# ======================================================================================================================
+# ==================================================================================================
 
 
 def dapo_advantages(rewards, group_ids, eps=1e-6):
-    """A_i = (R_i - mean_G) / (std_G + eps), population std within each group.  rewards (N,), group_ids (N,) -> (N,).
+    """A_i = (R_i - mean_G) / (std_G + eps), population std within each group (DAPO eq. 9).
 
+    rewards (N,), group_ids (N,) -> (N,).
     rewards [1, -1, -1, -1], one group -> mean -0.5, std 0.866 -> [1.73, -0.58, -0.58, -0.58]
     """
-    rewards, group_ids = torch.as_tensor(rewards, dtype=torch.float32), torch.as_tensor(group_ids)
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    group_ids = torch.as_tensor(group_ids)
     advantages = torch.zeros_like(rewards)
     for g in group_ids.unique():
         R = rewards[group_ids == g]  # (G,)
@@ -154,10 +196,11 @@ def dapo_advantages(rewards, group_ids, eps=1e-6):
 
 
 def dapo_loss(logprobs, old_logprobs, advantages, mask, eps_low=0.2, eps_high=0.28, num_tokens=None):
-    """Clipped surrogate, averaged over tokens (DAPO eq. 8).  logprobs, old_logprobs, mask (N, T), advantages (N,) -> scalar.
+    """Clipped surrogate, averaged over tokens (DAPO eq. 8).
 
-    num_tokens: what the sum is divided by; a micro-batch gives the token count of its whole batch.
-    A = +1: a ratio of 1.5 counts as 1.28 and has no gradient.  A = -1: a ratio of 0.5 counts as 0.8, likewise.
+    logprobs, old_logprobs, mask (N, T), advantages (N,) -> scalar.  num_tokens: what the sum is divided
+    by; a micro-batch gives the token count of its whole batch, the default is its own.
+    A = +1: a ratio of 1.5 counts as 1.28 and has no gradient.  A = -1: one of 0.5 counts as 0.8, likewise.
     """
     ratio = (logprobs - old_logprobs).exp()  # (N, T)
     A = advantages[:, None]  # (N, 1)
@@ -165,13 +208,104 @@ def dapo_loss(logprobs, old_logprobs, advantages, mask, eps_low=0.2, eps_high=0.
     return -(surrogate * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
 
 
-# ======================================================================================================================
-# 3. The loop
-# ======================================================================================================================
+def objective(batch, group_ids, args):
+    """What a batch of Judged is optimised for: advantages (N,), which tokens are actions, and the loss."""
+    advantages = dapo_advantages([j.reward + j.penalty for j in batch], group_ids)
+    actions = [[True] * len(j.rollout.ids) for j in batch]  # sequentially every token is sampled
+
+    def loss(logprobs, old_logprobs, advantages, mask, num_tokens):
+        return dapo_loss(logprobs, old_logprobs, advantages, mask, args.eps_low, args.eps_high, num_tokens)
+
+    return advantages, actions, loss
+
+
+# ==================================================================================================
+# 3. Rollout and reward
+# ==================================================================================================
+
+
+@dataclass
+class Judged:
+    """One response to one question, and what it earned."""
+
+    prompt: list  # token ids
+    question: str
+    rollout: Rollout
+    text: str
+    valid: bool  # perfect format
+    right: bool  # verified answer
+    reward: float  # R
+    penalty: float = 0.0  # for being overlong, added to R before advantages are taken
+
+    @property
+    def episode(self):
+        """(question, response, verdict), as a reader wants to see it."""
+        return self.question, self.text, f"valid {self.valid}, right {self.right}, R {self.reward:.1f}"
+
+
+def judge(problem, prompt, rollout, tokenizer, args):
+    """R = F if the format is violated, else +1 for a right answer and -1 for a wrong one."""
+    text = response_text(tokenizer, rollout.ids)
+    F = format_score(text)
+    right = problem.verify(text)
+    R = F
+    if F == 0:
+        R = 1.0 if right else -1.0
+    penalty = overlong_penalty(len(rollout.ids), args.max_new_tokens, args.overlong_buffer)
+    return Judged(prompt, problem.question, rollout, text, F == 0, right, R, penalty)
+
+
+def sample_groups(engine, data, format_prompt, step, args):
+    """Groups to learn from, lists of G Judged, and all that were sampled on the way (as one list).
+
+    Dynamic sampling (DAPO section 3.2): rounds of rollouts until enough groups have something to tell
+    apart, at most --max-rounds.  Every rank decodes its share of the questions and gets all groups.
+    """
+    groups = []
+    judged = []
+    for draw in range(args.max_rounds):
+        # The questions of a draw are the same on every rank; each takes a slice of them.
+        wanted = args.prompts - len(groups)
+        problems = my_share(draw_problems(data, args.kind, wanted, f"{args.seed}/{step}/{draw}"))
+        prompts = [prompt_ids(engine.tokenizer, p.question, format_prompt) for p in problems]
+
+        # Sequentially: to this stage a tag is a word like any other.
+        responses = engine.generate(
+            prompts,
+            n=args.group_size,
+            parallel=False,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=hash((args.seed, step, draw)) & 0xFFFFFFFF,
+        )
+
+        # The reward of each response, by its text alone.
+        drawn = []
+        for problem, prompt, rollouts in zip(problems, prompts, responses):
+            drawn.append([judge(problem, prompt, r, engine.tokenizer, args) for r in rollouts])
+
+        # A group in which all do equally well, or equally badly, has no gradient: draw another
+        # question.
+        for group in from_all_ranks(drawn):
+            judged += group
+            rewards = [j.reward + j.penalty for j in group]
+            if max(rewards) - min(rewards) > 1e-6:
+                groups.append(group)
+        if len(groups) == args.prompts:
+            break
+    return groups, judged
+
+
+# ==================================================================================================
+# 4. The loop
+# ==================================================================================================
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    # fmt: off
     p.add_argument("--init", default="out/stage0", help="checkpoint to start from: folder or hub name")
     p.add_argument("--out", default="out/stage1", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
@@ -196,88 +330,119 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=int, default=10, help="steps between resume points, and between episode dumps")
     p.add_argument("--seed", type=int, default=0, help="seed of problems and sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
+    # fmt: on
     return p.parse_args(argv)
 
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)  # more outgrow a CPU's caches: 2.4x slower
+    # Larger micro-batches outgrow a CPU's caches (measured: 2.4x slower), smaller ones starve a
+    # GPU.
+    args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)
+
+    # Everything is read before the output folder is touched: a mistake in a flag costs nothing.
     print_inherited(args.init)
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
     format_prompt = read_prompt(args.prompt_file, args.data)
-    run, engine = Run(args), Engine(model, tokenizer)
+    run = Run(args)
+
+    # One set of weights samples and learns: the engine decodes with the very model that is trained.
+    engine = Engine(model, tokenizer)
     optimizers = make_optimizers(model, args.lr)
     if args.recompute:
         recompute_activations(model)
     first = run.start(model, optimizers)
 
-    bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 1", mininterval=0)
+    steps = range(first + 1, args.steps + 1)
+    bar = tqdm(steps, initial=first, total=args.steps, desc="stage 1", mininterval=0)
     for step in bar:
+        # ---- rollout and reward ----
+        # Groups of responses to the same question, which differ in reward: what there is to learn.
         began = time.time()
-
-        # ---- rollout and reward: dynamic sampling, until enough groups have something to tell apart ----
-        groups, sampled, judged = [], 0, []
-        for draw in range(args.max_rounds):
-            problems = my_share(draw_problems(data, args.kind, args.prompts - len(groups), f"{args.seed}/{step}/{draw}"))
-            prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
-            responses = engine.generate(
-                prompts, n=args.group_size, parallel=False, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                seed=hash((args.seed, step, draw)) & 0xFFFFFFFF,
-            )  # fmt: skip
-            drawn = []
-            for problem, prompt, rollouts in zip(problems, prompts, responses):
-                rewards, verdicts = [], []
-                for rollout in rollouts:
-                    text = response_text(tokenizer, rollout.ids)
-                    F, right = format_score(text), problem.verify(text)
-                    R = F if F < 0 else 1.0 if right else -1.0
-                    rewards.append(R + overlong_penalty(len(rollout.ids), args.max_new_tokens, args.overlong_buffer))
-                    verdicts.append((F == 0, right, R, len(rollout.ids), problem.question, text))
-                drawn.append((prompt, rollouts, rewards, verdicts))
-            for prompt, rollouts, rewards, verdicts in from_all_ranks(drawn):
-                judged += verdicts
-                sampled += 1
-                if max(rewards) - min(rewards) > 1e-6:
-                    groups.append((prompt, rollouts, rewards))
-            if len(groups) == args.prompts:
-                break
+        groups, judged = sample_groups(engine, data, format_prompt, step, args)
         rollout_seconds = time.time() - began
-        valid, accuracy, reward, length = (float(np.mean([j[i] for j in judged])) for i in range(4))
 
-        # ---- advantage, loss, step: one update per share of the groups ----
-        set_lr(optimizers, min(1.0, step / 5, 4 * (args.steps + 1 - step) / args.steps))  # the fall at the end averages noise out
+        # The rate warms up, stays, and falls over the last quarter, which averages noise out.
+        set_lr(optimizers, min(1.0, step / 5, 4 * (args.steps + 1 - step) / args.steps))
         loss = entropy = clipped = norm = 0.0
-        shares = [share for share in (groups[u :: args.updates] for u in range(args.updates)) if share]
-        for share in shares:
-            rollouts = [(g, prompt, r) for g, (prompt, rs, _) in enumerate(share) for r in rs]
-            advantages = dapo_advantages([R for _, _, rewards in share for R in rewards], [g for g, _, _ in rollouts])
-            num_tokens = sum(len(r.ids) for _, _, r in rollouts)
-            sequences = [Sequence(prompt, r.ids) for _, prompt, r in rollouts]
-            for rows, ids, laid, mask in batches(sequences, args.micro_tokens, device, share=ranks()):
-                old = torch.zeros(ids.shape, device=device)
-                old[mask] = torch.tensor([x for i in rows for x in rollouts[i][2].logprobs], device=device)
-                logprobs, H = token_logprobs(model, ids, laid)  # (B, T) each
-                part = dapo_loss(logprobs, old, advantages[rows].to(device), mask, args.eps_low, args.eps_high, num_tokens)
-                part.backward()
-                ratio = (logprobs.detach() - old).exp()[mask]
-                clipped += ((ratio < 1 - args.eps_low) | (ratio > 1 + args.eps_high)).sum().item() / num_tokens / len(shares)
-                entropy += H[mask].sum().item() / num_tokens / len(shares)
-                loss += part.item() / len(shares)
-            norm += update(model, optimizers) / len(shares)
-        loss, clipped, entropy = map(sum, zip(*from_all_ranks([(loss, clipped, entropy)])))
 
-        # ---- log and save ----
-        run.log(
-            step=step, loss=loss, reward=reward, valid=valid, accuracy=accuracy, length=length, critical_path=length,
-            entropy=entropy, clipped=clipped, grad_norm=norm, groups_used=len(groups), groups_sampled=sampled,
-            tokens_per_second=sum(j[3] for j in judged) / rollout_seconds, rollout_seconds=rollout_seconds,
-            step_seconds=time.time() - began,
-        )  # fmt: skip
-        bar.set_postfix(reward=f"{reward:.2f}", valid=f"{valid:.0%}", acc=f"{accuracy:.0%}", len=f"{length:.0f}", ent=f"{entropy:.2f}")
+        # DAPO makes several updates of a batch, each on its share of the groups; after the first
+        # the policy is no longer the one that sampled, which is what the ratio and its clip are
+        # for.
+        shares = [groups[u :: args.updates] for u in range(args.updates)]
+        shares = [share for share in shares if share]
+        for share in shares:
+            # ---- advantage ----
+            # How much better than its group each response did.
+            batch = [j for group in share for j in group]
+            group_ids = [g for g, group in enumerate(share) for _ in group]
+            advantages, actions, loss_of = objective(batch, group_ids, args)
+            num_tokens = sum(map(sum, actions))
+
+            # One that did exactly as its group did counts among the tokens, and has no gradient to
+            # compute.
+            learned = [i for i, A in enumerate(advantages) if A != 0]
+            batch = [batch[i] for i in learned]
+            actions = [actions[i] for i in learned]
+            advantages = advantages[learned].to(device)
+            examples = [Example(j.prompt, j.rollout.ids, j.rollout.layout) for j in batch]
+            num_learned = sum(map(sum, actions))
+
+            # ---- loss ----
+            # Micro-batches add their gradients up; each is divided by the token count of the whole.
+            for rows, ids, batch_layout, mask in batches(examples, args.micro_tokens, device, share=ranks()):
+                # log-probabilities when sampled; then narrow the mask from responses to actions
+                old = torch.zeros(ids.shape, device=device)  # (B, T)
+                old[mask] = torch.tensor([x for i in rows for x in batch[i].rollout.logprobs], device=device)
+                mask[mask.clone()] = torch.tensor([x for i in rows for x in actions[i]], device=device)
+
+                # the forward pass that training shares with the engine
+                logprobs, H = token_logprobs(model, ids, batch_layout)  # (B, T) each
+                part = loss_of(logprobs, old, advantages[rows], mask, num_tokens)
+                part.backward()
+
+                # What tells a healthy run from a sick one, for the log.
+                ratio = (logprobs.detach() - old).exp()[mask]
+                outside = (ratio < 1 - args.eps_low) | (ratio > 1 + args.eps_high)
+                clipped += outside.sum().item() / num_learned / len(shares)
+                entropy += H[mask].sum().item() / num_learned / len(shares)
+                loss += part.item() / len(shares)
+
+            # ---- step ----
+            # The gradients of all ranks together, clipped to norm 1.
+            if examples:
+                norm += update(model, optimizers) / len(shares)
+
+        # ---- log ----
+        # Means over all that was sampled, dropped groups included: that is how the policy does.
+        loss, entropy, clipped = map(sum, zip(*from_all_ranks([(loss, entropy, clipped)])))
+        row = {
+            "step": step,
+            "loss": loss,
+            "reward": fmean(j.reward for j in judged),
+            "valid": fmean(j.valid for j in judged),
+            "accuracy": fmean(j.right for j in judged),
+            "length": fmean(len(j.rollout.ids) for j in judged),
+            "critical_path": fmean(j.rollout.critical_path for j in judged),
+            "entropy": entropy,  # of the policy, mean over the tokens learned from
+            "clipped": clipped,  # share of tokens whose ratio the clip held back
+            "grad_norm": norm,
+            "groups_used": len(groups),
+            "groups_sampled": len(judged) // args.group_size,
+            "tokens_per_second": sum(len(j.rollout.ids) for j in judged) / rollout_seconds,
+            "rollout_seconds": rollout_seconds,
+            "step_seconds": time.time() - began,
+        }
+        run.log(**row)
+        shown = ("reward", "valid", "accuracy", "length", "entropy")
+        bar.set_postfix({key: f"{row[key]:.3g}" for key in shown})
+
+        # ---- save ----
+        # Whole responses to read, and a state from which a killed run goes on.
         if step % args.save_every == 0 or step == 1:
-            run.episodes(step, [(question, text, f"F=0 {fine}, right {right}, R {R:.1f}") for fine, right, R, _, question, text in judged])
+            run.episodes(step, [j.episode for j in judged])
         if step % args.save_every == 0:
             run.checkpoint(model, optimizers, step)
     run.finish(model, tokenizer)

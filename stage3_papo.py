@@ -1,70 +1,147 @@
 r"""Stage 3, NPR: optimise the branching policy with PAPO, on rollouts of the parallel engine.
 
-In : out/stage2.      Out: out/stage3/, a native parallel reasoner.
+In : out/stage2, which decodes in parallel.      Out: out/stage3/, a native parallel reasoner.
 
-A_i = (R_i - mean_G) / (std_batch + eps),   R_i = +1 if the answer is right else -1
+R_i = +1 if the answer is right else -1,         A_i = (R_i - mean_G) / (std_batch + eps)
 L = -(1 / sum_i |y_i|) sum_i sum_t [pi(y_it) / stopgrad(pi(y_it))] A_i
 
     python stage3_papo.py                         # reads out/stage2, writes out/stage3
-    python stage3_papo.py --sequential --init out/stage2_seq --out out/stage3_seq      # SR, the sequential twin
+    python stage3_papo.py --sequential --init out/stage2_seq --out out/stage3_seq    # the twin SR
+    make diff                                     # what differs from stage 1's loop, line by line
 
-Differences from GRPO, PAPO's four: (1) rollouts by the parallel engine; (2) schema filter: malformed and truncated rollouts are
-dropped, so the reward is accuracy alone; (3) the standard deviation is the whole batch's; (4) strictly on-policy: one update per
-batch, no ratio, no clip, so no token's gradient is ever cut off, the tags' least of all.
-Differences from the paper: (1) forced tokens are not actions and carry no loss (--count-forced counts them); (2) the scale of the
-logits learns faster than the matrices (--gain-factor 1: all alike), the one direction in which small batches agree.
-The flags --group-std, --no-schema-filter and --clip-updates take one ingredient away each.
+Differences from GRPO, PAPO's four:
+1. rollouts by the parallel engine, which forks and joins;
+2. schema filter: malformed and truncated rollouts are dropped, so the reward is accuracy alone;
+3. the standard deviation is the whole batch's, not the group's;
+4. strictly on-policy: one update per batch, no ratio and no clip.
+Each is taken away by a flag: --sequential, --no-schema-filter, --group-std, --clip-updates.
+Differences from the paper:
+1. forced tokens are not actions and carry no loss (--count-forced counts them);
+2. the scale of the logits learns faster than the matrices, the one direction in which small batches
+   agree (--gain-factor 1: all alike).
 """
 
 import argparse
 import time
+from statistics import fmean
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import Engine, Sequence, batches, token_logprobs
-from stage0_model import (
-    KINDS, Run, UserError, draw_problems, from_all_ranks, load, make_optimizers, my_share, pick_device, print_inherited, prompt_ids,
-    ranks, read_problems, read_prompt, recompute_activations, response_text, run_main, set_lr, update,
-)  # fmt: skip
-from stage1_zero import dapo_advantages, dapo_loss, format_score
+from engine import Engine, Example, batches, token_logprobs
+from stage0_model import KINDS, UserError, draw_problems, read_problems, read_prompt  # questions
+from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
+from stage0_model import make_optimizers, recompute_activations, set_lr, update  # optimisation
+from stage0_model import Run, from_all_ranks, my_share, pick_device, ranks, run_main  # the process
+from stage1_zero import Judged, dapo_advantages, dapo_loss, format_score
 
-# ======================================================================================================================
+# ==================================================================================================
 # 1. PAPO
-# ======================================================================================================================
+# ==================================================================================================
 
 
 def papo_advantages(rewards, group_ids, eps=1e-6):
-    """A_i = (R_i - mean_G) / (std_batch + eps), population std over all rewards.  rewards (N,), group_ids (N,) -> (N,).
+    """A_i = (R_i - mean_G) / (std_batch + eps), population std over all rewards.
 
-    A group that is nearly solved has a small spread of its own; dividing by it would blow up its one failure.  The batch's does not.
+    A group that is nearly solved has a small spread of its own; dividing by it would blow up its one
+    failure.  The batch's does not.  rewards (N,), group_ids (N,) -> (N,).
     rewards [1, 1, 1, -1], groups [0, 0, 1, 1] -> means 1 and 0, std 0.866 -> [0, 0, 1.15, -1.15]
     """
-    rewards, group_ids = torch.as_tensor(rewards, dtype=torch.float32), torch.as_tensor(group_ids)
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    group_ids = torch.as_tensor(group_ids)
     centred = torch.zeros_like(rewards)
     for g in group_ids.unique():
-        centred[group_ids == g] = rewards[group_ids == g] - rewards[group_ids == g].mean()
+        R = rewards[group_ids == g]  # (G,)
+        centred[group_ids == g] = R - R.mean()
     return centred / (rewards.std(correction=0) + eps)
 
 
 def papo_loss(logprobs, advantages, mask, num_tokens=None):
-    """-(1 / num_tokens) sum of [pi / stopgrad(pi)] A over masked tokens.  logprobs, mask (N, T), advantages (N,) -> scalar.
+    """-(1 / num_tokens) sum of [pi / stopgrad(pi)] A over masked tokens.
 
-    The ratio's value is 1 and its gradient is that of log pi: REINFORCE with a group baseline.  num_tokens: what the sum is
-    divided by, by default the tokens of this mask; a micro-batch gives the token count of its whole batch.
+    The ratio's value is 1 and its gradient is that of log pi: REINFORCE with a group baseline.
+    logprobs, mask (N, T), advantages (N,) -> scalar.  num_tokens: what the sum is divided by, by default
+    the tokens of this mask; a micro-batch gives the token count of its whole batch.
     """
     ratio = (logprobs - logprobs.detach()).exp()  # (N, T), all ones
     return -(ratio * advantages[:, None] * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
 
 
-# ======================================================================================================================
-# 2. The loop
-# ======================================================================================================================
+def objective(batch, group_ids, args):
+    """What a batch of Judged is optimised for: advantages (N,), which tokens are actions, and the loss.
+
+    PAPO, or the ablation that a flag asks for.
+    """
+    rewards = [j.reward for j in batch]
+    advantages = (
+        dapo_advantages(rewards, group_ids) if args.group_std else papo_advantages(rewards, group_ids)
+    )
+    actions = [[args.count_forced or not forced for forced in j.rollout.forced] for j in batch]
+
+    def loss(logprobs, old_logprobs, advantages, mask, num_tokens):
+        if args.clip_updates:
+            return dapo_loss(logprobs, old_logprobs, advantages, mask, 0.2, 0.2, num_tokens)
+        return papo_loss(logprobs, advantages, mask, num_tokens)
+
+    return advantages, actions, loss
+
+
+# ==================================================================================================
+# 2. Rollout and reward
+# ==================================================================================================
+
+
+def judge(problem, prompt, rollout, tokenizer):
+    """R = +1 for a right answer in a perfect format, else -1; the schema filter drops what is not valid."""
+    text = response_text(tokenizer, rollout.ids)
+    valid = rollout.finish_reason == "stop" and format_score(text) == 0
+    right = problem.verify(text)
+    return Judged(prompt, problem.question, rollout, text, valid, right, 1.0 if right and valid else -1.0)
+
+
+def sample_groups(engine, data, format_prompt, step, args):
+    """Groups to learn from, lists of up to G Judged, and all that were sampled (as one list).
+
+    Every rank decodes its share of the questions and gets all groups.
+    """
+    problems = my_share(draw_problems(data, args.kind, args.prompts, f"{args.seed}/{step}"))
+    prompts = [prompt_ids(engine.tokenizer, p.question, format_prompt) for p in problems]
+
+    # In parallel: a closed guideline forks the request, and the engine says what it forced.
+    responses = engine.generate(
+        prompts,
+        n=args.group_size,
+        parallel=not args.sequential,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=hash((args.seed, step)) & 0xFFFFFFFF,
+        max_branches=args.max_branches,
+    )
+
+    # The reward of each response, by its text alone.
+    drawn = []
+    for problem, prompt, rollouts in zip(problems, prompts, responses):
+        drawn.append([judge(problem, prompt, r, engine.tokenizer) for r in rollouts])
+
+    # Schema filter: what is malformed or truncated is left out, unless an ablation keeps it.
+    groups = []
+    judged = []
+    for group in from_all_ranks(drawn):
+        judged += group
+        groups.append([j for j in group if j.valid or args.no_schema_filter])
+    return groups, judged
+
+
+# ==================================================================================================
+# 3. The loop
+# ==================================================================================================
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    # fmt: off
     p.add_argument("--init", default="out/stage2", help="checkpoint to start from: folder or hub name")
     p.add_argument("--out", default="out/stage3", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
@@ -92,95 +169,127 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=int, default=10, help="steps between resume points, and between episode dumps")
     p.add_argument("--seed", type=int, default=0, help="seed of problems and sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
+    # fmt: on
     return p.parse_args(argv)
 
 
 def main():
     args = parse_args()
     if args.count_forced and args.clip_updates:
-        raise UserError("--count-forced with --clip-updates: a forced token was not sampled, so it has no old probability; give one of them")
+        raise UserError(
+            "--count-forced with --clip-updates: a forced token was not sampled, so it has no old probability; "
+            "give one of them"
+        )
     device = pick_device(args.device)
-    args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)  # more outgrow a CPU's caches: 2.4x slower
+    # Larger micro-batches outgrow a CPU's caches (measured: 2.4x slower), smaller ones starve a
+    # GPU.
+    args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)
+
+    # Everything is read before the output folder is touched: a mistake in a flag costs nothing.
     print_inherited(args.init)
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
     format_prompt = read_prompt(args.prompt_file, args.data)
-    run, engine = Run(args), Engine(model, tokenizer)
+    run = Run(args)
+
+    # One set of weights samples and learns: the engine decodes with the very model that is trained.
+    engine = Engine(model, tokenizer)
     optimizers = make_optimizers(model, args.lr, args.muon_lr, gain_factor=args.gain_factor)
     if args.recompute:
         recompute_activations(model)
     first = run.start(model, optimizers)
 
-    bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 3", mininterval=0)
+    steps = range(first + 1, args.steps + 1)
+    bar = tqdm(steps, initial=first, total=args.steps, desc="stage 3", mininterval=0)
     for step in bar:
+        # ---- rollout and reward ----
+        # Groups of responses to the same question, which differ in reward: what there is to learn.
         began = time.time()
-
-        # ---- rollout and reward: the schema filter drops what is malformed or truncated ----
-        problems = my_share(draw_problems(data, args.kind, args.prompts, f"{args.seed}/{step}"))
-        prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
-        responses = engine.generate(
-            prompts, n=args.group_size, parallel=not args.sequential, max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature, seed=hash((args.seed, step)) & 0xFFFFFFFF, max_branches=args.max_branches,
-        )  # fmt: skip
-        drawn = []
-        for problem, prompt, rollouts in zip(problems, prompts, responses):
-            rewards, verdicts = [], []
-            for rollout in rollouts:
-                text = response_text(tokenizer, rollout.ids)
-                valid = rollout.finish_reason == "stop" and format_score(text) == 0
-                right = problem.verify(text)
-                R = 1.0 if right and valid else -1.0
-                rewards.append(R)
-                verdicts.append((valid, right, R, len(rollout.ids), rollout.critical_path, rollout.max_branches, problem.question, text))
-            drawn.append((prompt, rollouts, rewards, verdicts))
-        batch, judged = [], []  # batch: (group, prompt, rollout, reward)
-        for g, (prompt, rollouts, rewards, verdicts) in enumerate(from_all_ranks(drawn)):
-            judged += verdicts
-            batch += [(g, prompt, r, R) for r, R, (valid, *_) in zip(rollouts, rewards, verdicts) if valid or args.no_schema_filter]
+        groups, judged = sample_groups(engine, data, format_prompt, step, args)
         rollout_seconds = time.time() - began
-        valid, accuracy, reward, length, path, plans = (float(np.mean([j[i] for j in judged])) for i in range(6))
 
-        # ---- advantage, loss, step ----
-        set_lr(optimizers, min(1.0, step / 5, 4 * (args.steps + 1 - step) / args.steps))  # the fall at the end averages noise out
-        loss = entropy = norm = gap = 0.0
-        groups, rewards = [g for g, *_ in batch], [R for *_, R in batch]
-        advantages = (dapo_advantages if args.group_std else papo_advantages)(rewards, groups) if batch else torch.zeros(0)
-        acted = [[args.count_forced or not f for f in r.forced] for _, _, r, _ in batch]
-        num_tokens = max(1, sum(map(sum, acted)))
-        # a group of equal rewards has no gradient: its tokens count, and are not computed
-        learned, advantages = [i for i, A in enumerate(advantages) if A != 0], advantages.to(device)
-        sequences = [Sequence(prompt, r.ids, None if args.sequential else r.layout) for _, prompt, r, _ in (batch[i] for i in learned)]
-        num_learned = max(1, sum(sum(acted[i]) for i in learned))
-        for _ in range(args.clip_updates or 1):
-            for rows, ids, laid, mask in batches(sequences, args.micro_tokens, device, share=ranks()):
-                rows = [learned[i] for i in rows]
-                old = torch.zeros(ids.shape, device=device)
-                old[mask] = torch.tensor([x for i in rows for x in batch[i][2].logprobs], device=device)
-                mask[mask.clone()] = torch.tensor([x for i in rows for x in acted[i]], device=device)
-                logprobs, H = token_logprobs(model, ids, laid)  # (B, T) each
-                if args.clip_updates:
-                    part = dapo_loss(logprobs, old, advantages[rows], mask, 0.2, 0.2, num_tokens)
-                else:
-                    part = papo_loss(logprobs, advantages[rows], mask, num_tokens)
+        # The rate warms up, stays, and falls over the last quarter, which averages noise out.
+        set_lr(optimizers, min(1.0, step / 5, 4 * (args.steps + 1 - step) / args.steps))
+        loss = entropy = gap = norm = 0.0
+
+        # PAPO makes one update of a batch, so the policy that learns is the one that sampled: no
+        # ratio, no clip, and no token's gradient is cut off, a tag's least of all.
+        shares = [groups] * (args.clip_updates or 1)
+        for share in shares:
+            # ---- advantage ----
+            # How much better than its group each response did.
+            batch = [j for group in share for j in group]
+            group_ids = [g for g, group in enumerate(share) for _ in group]
+            advantages, actions, loss_of = objective(batch, group_ids, args)
+            num_tokens = sum(map(sum, actions))
+
+            # One that did exactly as its group did counts among the tokens, and has no gradient to
+            # compute.
+            learned = [i for i, A in enumerate(advantages) if A != 0]
+            batch = [batch[i] for i in learned]
+            actions = [actions[i] for i in learned]
+            advantages = advantages[learned].to(device)
+            examples = [Example(j.prompt, j.rollout.ids, j.rollout.layout) for j in batch]
+            num_learned = sum(map(sum, actions))
+
+            # ---- loss ----
+            # Micro-batches add their gradients up; each is divided by the token count of the whole.
+            for rows, ids, batch_layout, mask in batches(examples, args.micro_tokens, device, share=ranks()):
+                # log-probabilities when sampled; then narrow the mask from responses to actions
+                old = torch.zeros(ids.shape, device=device)  # (B, T)
+                old[mask] = torch.tensor([x for i in rows for x in batch[i].rollout.logprobs], device=device)
+                mask[mask.clone()] = torch.tensor([x for i in rows for x in actions[i]], device=device)
+
+                # the forward pass that training shares with the engine
+                logprobs, H = token_logprobs(model, ids, batch_layout)  # (B, T) each
+                part = loss_of(logprobs, old, advantages[rows], mask, num_tokens)
                 part.backward()
-                sampled = mask & (old != 0)  # the engine reports 0 for what it forced
-                gap = max(gap, ((logprobs.detach() - old) * sampled).abs().max().item())  # rollout against training forward
-                entropy += H[mask].sum().item() / num_learned / (args.clip_updates or 1)
-                loss += part.item() / (args.clip_updates or 1)
-            norm = update(model, optimizers) if learned else 0.0
-        losses, entropies, gaps = zip(*from_all_ranks([(loss, entropy, gap)]))
-        loss, entropy, gap = sum(losses), sum(entropies), max(gaps)
 
-        # ---- log and save ----
-        run.log(
-            step=step, loss=loss, reward=reward, valid=valid, accuracy=accuracy, length=length, critical_path=path, plans=plans,
-            entropy=entropy, logprob_gap=gap, grad_norm=norm, used=len(batch), sampled=len(judged),
-            tokens_per_second=sum(j[3] for j in judged) / rollout_seconds, rollout_seconds=rollout_seconds,
-            step_seconds=time.time() - began,
-        )  # fmt: skip
-        bar.set_postfix(acc=f"{accuracy:.0%}", valid=f"{valid:.0%}", len=f"{length:.0f}", path=f"{path:.0f}", ent=f"{entropy:.2f}")
+                # What tells a healthy run from a sick one, for the log: above all, whether the
+                # rollout's probabilities are the training forward's.  The engine reports 0 for what
+                # it forced.
+                difference = (logprobs.detach() - old) * (mask & (old != 0))
+                gap = max(gap, difference.abs().max().item())
+
+                # means over the whole batch, summed over micro-batches
+                entropy += H[mask].sum().item() / num_learned / len(shares)
+                loss += part.item() / len(shares)
+
+            # ---- step ----
+            # The gradients of all ranks together, clipped to norm 1.
+            if examples:
+                norm += update(model, optimizers) / len(shares)
+
+        # ---- log ----
+        # Means over all that was sampled, dropped groups included: that is how the policy does.
+        losses, entropies, gaps = zip(*from_all_ranks([(loss, entropy, gap)]))
+        row = {
+            "step": step,
+            "loss": sum(losses),
+            "reward": fmean(j.reward for j in judged),
+            "valid": fmean(j.valid for j in judged),
+            "accuracy": fmean(j.right for j in judged),
+            "length": fmean(len(j.rollout.ids) for j in judged),
+            "critical_path": fmean(j.rollout.critical_path for j in judged),
+            # most plans of a block: how wide the policy thinks
+            "plans": fmean(j.rollout.max_branches for j in judged),
+            "entropy": sum(entropies),
+            "logprob_gap": max(gaps),
+            "grad_norm": norm,
+            "used": sum(map(len, groups)),
+            "sampled": len(judged),
+            "tokens_per_second": sum(len(j.rollout.ids) for j in judged) / rollout_seconds,
+            "rollout_seconds": rollout_seconds,
+            "step_seconds": time.time() - began,
+        }
+        run.log(**row)
+        shown = ("valid", "accuracy", "length", "critical_path", "entropy")
+        bar.set_postfix({key: f"{row[key]:.3g}" for key in shown})
+
+        # ---- save ----
+        # Whole responses to read, and a state from which a killed run goes on.
         if step % args.save_every == 0 or step == 1:
-            run.episodes(step, [(j[6], j[7], f"valid {j[0]}, right {j[1]}, R {j[2]:.0f}") for j in judged])
+            run.episodes(step, [j.episode for j in judged])
         if step % args.save_every == 0:
             run.checkpoint(model, optimizers, step)
     run.finish(model, tokenizer)

@@ -43,7 +43,7 @@ import random  # noqa: E402
 
 import engine as engine_module  # noqa: E402
 import stage0_model as stage0  # noqa: E402
-from engine import Engine, Sequence, batches, layout, tag_token_ids, token_logprobs  # noqa: E402
+from engine import Engine, Example, batches, layout, tag_token_ids, token_logprobs  # noqa: E402
 from stage0_model import Qwen3, Qwen3Config, corpus_document, pick_device, train_tokenizer  # noqa: E402
 from stage2_beta import add_tag_tokens  # noqa: E402
 
@@ -63,31 +63,25 @@ class BenchEngine(Engine):
     lengths: tokens of each request in sequential mode; branches: ids of a guideline and the branch length, in parallel mode.
     """
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.fork_at = {}  # position of the branches' last forced token, by request
-
     def sample(self, logits):
         tokens, logprobs = super().sample(logits)
         m = 0
         for request in self.active:
-            for head in request.heads:
-                tokens[m] = self.planned(request, head, tokens[m])
+            for tip in request.tips:
+                tokens[m] = self.planned(request, request.tokens[tip], tokens[m])
                 m += 1
         return tokens, logprobs
 
-    def planned(self, request, head, token):
-        if not self.parallel:
+    def planned(self, request, tip, token):
+        if not request.rules.tag_ids:
             return self.end if request.used + 1 >= self.lengths[request.index] else 60 + token % 100
-        if request.group[head]:
-            return self.tag_ids["</step>"] if request.position[head] - self.fork_at[request.index] >= self.branch_length else 60 + token % 100
+        if tip.block:
+            if not hasattr(request, "fork_at"):
+                request.fork_at = tip.position  # of the branches' last forced token
+            return request.rules.tag_ids["</step>"] if tip.position - request.fork_at >= self.branch_length else 60 + token % 100
         if request.used < len(self.guideline):
             return self.guideline[request.used]
-        return self.end if request.ids[-1] == self.tag_ids["</takeaway>"] else self.tag_ids["</takeaway>"]
-
-    def fork(self, request):
-        super().fork(request)
-        self.fork_at[request.index] = request.position[request.heads[0]]
+        return self.end if request.tokens[-1].id == request.rules.tag_ids["</takeaway>"] else request.rules.tag_ids["</takeaway>"]
 
 
 class StopAt(StoppingCriteria):
@@ -203,7 +197,7 @@ def parallel_cases(size, model, tokenizer, args, device):
         engine.branch_length, engine.end, found = 100, tokenizer.eos_token_id, {}
 
         def parallel():
-            engine.stats.peak_kv_tokens = engine.stats.decode_steps = engine.memory.moved_bytes = 0
+            engine.stats.peak_kv_tokens = engine.stats.decode_steps = engine.runner.moved_bytes = 0
             found["rollouts"] = engine.generate(prompts, max_new_tokens=2000)
             found["peak"], found["steps"] = engine.stats.peak_kv_tokens, engine.stats.decode_steps + 1
 
@@ -222,7 +216,7 @@ def parallel_cases(size, model, tokenizer, args, device):
             s = seconds[name]
             gain = f"{seconds['sequential'] / s:.2f}x"
             line(size, case, f"engine, {name}", f"{batch * tokens / s:.0f}", f"{1e3 * s / found[steps]:.2f}", f"{s:.3f}", found[peak], gain)
-        print(f"{'':8}{tokens} tokens each on a critical path of {path}, in {found['steps']} steps; KV bytes moved: {engine.memory.moved_bytes}")
+        print(f"{'':8}{tokens} tokens each on a critical path of {path}, in {found['steps']} steps; KV bytes moved: {engine.runner.moved_bytes}")
 
 
 # ======================================================================================================================
@@ -307,7 +301,7 @@ def decode_row(report, size, case, model, tokenizer, prompts, args, branches=0, 
     decoded, steps = sum(len(r.ids) - 1 for r in rollouts), engine.stats.decode_steps
     # mean over the steps of the tokens that lie in the rows: of each running request the prompt, and on average half of the response
     in_rows = sum(r.critical_path * (len(p) + len(r.ids) / 2) for p, rs in zip(prompts, found) for r in rs) / steps
-    must_move = weight_bytes(model) + in_rows * engine.memory.bytes_per_token
+    must_move = weight_bytes(model) + in_rows * engine.runner.pool[:, 0].nbytes
     decoder = f"engine, {branches} branches" if branches else "engine, sequential"
     return report.decoded(size, case, decoder, decoded, steps, statistics.median(wholes), statistics.median(prefills), must_move, ratio_to)
 
@@ -386,21 +380,21 @@ def sft_cases(report, size, model, tokenizer, args, device):
     stage0.recompute_activations(model)
     optimizers = stage0.make_optimizers(model, 1e-6)
     for total in args.sft_tokens:
-        sequences = []
+        examples = []
         for _ in range(8):
             each = max(4, (total // 8 - 40) // 12)  # three blocks of four steps
             ids = []
             for _ in range(3):
                 ids += tokenizer.encode("<guideline>" + "".join(f"<plan>{i}:a</plan>" for i in range(1, 5)) + "</guideline>")
                 ids += [x for _ in range(4) for x in (t["<step>"], *random_ids(rng, each), t["</step>"])] + [t["<takeaway>"], 60, t["</takeaway>"]]
-            sequences.append(Sequence(random_ids(rng, 16), ids, layout(ids, t)))
-        tokens = sum(len(s.prompt) + len(s.ids) for s in sequences)
+            examples.append(Example(random_ids(rng, 16), ids, layout(ids, t)))
+        tokens = sum(len(s.prompt) + len(s.ids) for s in examples)
 
         def step(max_tokens, flex):
             def run():
-                for _, ids, laid, mask in batches(sequences, max_tokens, device):
-                    laid = laid if flex else engine_module.Layout(laid.group, laid.branch, laid.position)
-                    (-token_logprobs(model, ids, laid)[0][mask].sum() / tokens).backward()
+                for _, ids, batch_layout, mask in batches(examples, max_tokens, device):
+                    batch_layout = batch_layout if flex else engine_module.Layout(batch_layout.block, batch_layout.branch, batch_layout.position)
+                    (-token_logprobs(model, ids, batch_layout)[0][mask].sum() / tokens).backward()
                 stage0.update(model, optimizers)
 
             return run

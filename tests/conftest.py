@@ -108,10 +108,10 @@ class ScriptedEngine(Engine):
         tokens, logprobs = super().sample(logits)
         for request in self.active:
             script = self.script_of(request)
-            for head in request.heads:
-                key = (request.group[head], request.branch[head])
+            for tip in request.tips:
+                key = request.tokens[tip][1:3]  # block, branch
                 done = sum(
-                    (g, b) == key and not f for g, b, f in zip(request.group, request.branch, request.forced)
+                    token[1:3] == key and not token.forced for token in request.tokens
                 )  # tokens sampled so far in this branch; the prompt counts as forced
                 token = script.get(key, [])[done : done + 1]
                 if token and token[0] is not None:
@@ -127,9 +127,9 @@ def random_prompts(rng, n, low=3, high=20):
 def rescore(model, prompts, rollouts, layouts=None):
     """Teacher-forced log-probabilities of every rollout: the training forward, with no KV memory, that the engine is compared with."""
     layouts = layouts or [r.layout for r in rollouts]
-    sequences = [engine_module.Sequence(p, r.ids, laid) for p, r, laid in zip(prompts, rollouts, layouts)]
+    examples = [engine_module.Example(p, r.ids, laid) for p, r, laid in zip(prompts, rollouts, layouts)]
     scores = [None] * len(rollouts)
-    for rows, ids, batch_layout, mask in engine_module.batches(sequences, 8192, model.device):
+    for rows, ids, batch_layout, mask in engine_module.batches(examples, 8192, model.device):
         with torch.no_grad():
             logprobs, _ = engine_module.token_logprobs(model, ids, batch_layout)
         for b, i in enumerate(rows):

@@ -29,7 +29,7 @@ def scripted_run(model, tokenizer, tag_ids, n, seed=0, samples=1, kv_tokens=20_0
     prompts = random_prompts(rng, n)
     scripts = {tuple(p): random_script(rng, tokenizer, tag_ids, **shape) for p in prompts}
     eng = ScriptedEngine(model, tokenizer, kv_tokens=kv_tokens, max_rows=max_rows)
-    eng.script_of = lambda request: scripts[tuple(request.ids[: request.prompt_len])]
+    eng.script_of = lambda request: scripts[tuple(request.prompt)]
     rollouts = [r for rs in eng.generate(prompts, n=samples, max_new_tokens=max_new_tokens) for r in rs]
     return eng, [p for p in prompts for _ in range(samples)], scripts, rollouts
 
@@ -39,8 +39,8 @@ class TagHappy(stage0.Qwen3):
     often in a promising order, so that a good part of its responses fork, nest wrongly, or end anywhere."""
 
     def hidden(self, ids, layout=None, kv=None):
-        group = torch.zeros_like(ids) if layout is None else torch.as_tensor(layout.group).reshape(ids.shape)
-        return torch.cat([super().hidden(ids, layout, kv), self.bigram[(group > 0).long(), ids]], dim=-1)
+        block = torch.zeros_like(ids) if layout is None else torch.as_tensor(layout.block).reshape(ids.shape)
+        return torch.cat([super().hidden(ids, layout, kv), self.bigram[(block > 0).long(), ids]], dim=-1)
 
     def logits(self, x):
         C = self.config.hidden_size
@@ -106,7 +106,7 @@ def test_a_rollout_holds_its_script_in_sequence_order(tree_run, tag_ids, tokeniz
     assert checked > 30
 
 
-def test_I1_teacher_forcing_gives_the_engines_logprobs_to_1e_5(tree_run, model, happy, tokenizer, tag_ids):
+def test_teacher_forcing_gives_the_engines_logprobs_to_1e_5(tree_run, model, happy, tokenizer, tag_ids):
     """Over 1,000 rollouts: 1-4 blocks of 1-8 uneven branches, truncated, malformed, preempted, with and without shared prompts."""
     squeezed = scripted_run(model, tokenizer, tag_ids, 100, seed=1, kv_tokens=2_000)
     shared = scripted_run(model, tokenizer, tag_ids, 100, seed=2, samples=3, max_new_tokens=60)
@@ -122,7 +122,7 @@ def test_I1_teacher_forcing_gives_the_engines_logprobs_to_1e_5(tree_run, model, 
         assert worst_gap(rs, rescore(weights, prompts, rs)) < TOLERANCE[weights.device.type]
 
 
-def test_I1_is_measured_in_bf16_beside_fp32(tokenizer, tag_ids, device, capsys):
+def test_is_measured_in_bf16_beside_fp32(tokenizer, tag_ids, device, capsys):
     """Usual stacks, trainer against rollout engine: 2.2e-3 RMS in fp32, 3e-2 in bf16 (there, two implementations of one model)."""
     rms = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -135,25 +135,25 @@ def test_I1_is_measured_in_bf16_beside_fp32(tokenizer, tag_ids, device, capsys):
     assert rms[torch.float32] < 1e-5 < rms[torch.bfloat16] < 0.1
 
 
-def test_I1_negative_control_a_shifted_position_or_a_visible_sibling_shows(tree_run, model):
+def test_negative_control_a_shifted_position_or_a_visible_sibling_shows(tree_run, model):
     _, prompts, _, rollouts = tree_run
     pairs = [(p, r) for p, r in zip(prompts, rollouts) if r.max_branches > 1][:20]
     prompts, rollouts = zip(*pairs)
-    shifted = [Layout(r.layout.group, r.layout.branch, r.layout.position + (r.layout.group > 0)) for r in rollouts]
-    leaking = [Layout(r.layout.group, np.minimum(r.layout.branch, 1), r.layout.position) for r in rollouts]
+    shifted = [Layout(r.layout.block, r.layout.branch, r.layout.position + (r.layout.block > 0)) for r in rollouts]
+    leaking = [Layout(r.layout.block, np.minimum(r.layout.branch, 1), r.layout.position) for r in rollouts]
     assert worst_gap(rollouts, rescore(model, prompts, rollouts, shifted)) > 1e-2
     assert worst_gap(rollouts, rescore(model, prompts, rollouts, leaking)) > 1e-2
 
 
-def test_I2_layout_from_the_ids_is_the_layout_the_engine_used(tree_run, tag_ids):
+def test_layout_from_the_ids_is_the_layout_the_engine_used(tree_run, tag_ids):
     for r in tree_run[3]:
         again = layout(r.ids, tag_ids)
-        for name in ("group", "branch", "position"):
+        for name in ("block", "branch", "position"):
             assert (getattr(again, name) == getattr(r.layout, name)).all()
 
 
 @pytest.mark.parametrize("heads, kv_heads, head_dim, tied", SHAPES)
-def test_I3_greedy_sequential_decoding_equals_transformers_generate(tmp_path, device, plain_tokenizer, heads, kv_heads, head_dim, tied):
+def test_greedy_sequential_decoding_equals_transformers_generate(tmp_path, device, plain_tokenizer, heads, kv_heads, head_dim, tied):
     model = random_model(
         len(plain_tokenizer), num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied
     ).to(device)
@@ -167,7 +167,7 @@ def test_I3_greedy_sequential_decoding_equals_transformers_generate(tmp_path, de
         assert r.critical_path == len(r.ids)
 
 
-def test_I4_alone_in_a_batch_of_64_reordered_and_preempted_give_the_same_tokens(model, tokenizer, tag_ids):
+def test_alone_in_a_batch_of_64_reordered_and_preempted_give_the_same_tokens(model, tokenizer, tag_ids):
     _, prompts, scripts, _ = scripted_run(model, tokenizer, tag_ids, 64)
     # leave every other script position to the model's own draw, so that random streams matter too
     loose = {p: {k: [t if i % 2 or t in tag_ids.values() else None for i, t in enumerate(v)] for k, v in s.items()} for p, s in scripts.items()}
@@ -175,7 +175,7 @@ def test_I4_alone_in_a_batch_of_64_reordered_and_preempted_give_the_same_tokens(
 
     def run(prompts, kv_tokens, max_rows=256):
         e = ScriptedEngine(model, tokenizer, kv_tokens=kv_tokens, max_rows=max_rows)
-        e.script_of = lambda request: loose[tuple(request.ids[: request.prompt_len])]
+        e.script_of = lambda request: loose[tuple(request.prompt)]
         return e, [r for [r] in e.generate(prompts, max_new_tokens=300)]
 
     _, batch = run(prompts, 40_000)
@@ -191,7 +191,7 @@ def test_I4_alone_in_a_batch_of_64_reordered_and_preempted_give_the_same_tokens(
             np.testing.assert_allclose(other.logprobs, r.logprobs, atol=TOLERANCE[model.device.type])
 
 
-def test_I5_fork_moves_no_kv_and_join_prefills_nothing(model, tokenizer, tag_ids):
+def test_fork_moves_no_kv_and_join_prefills_nothing(model, tokenizer, tag_ids):
     eng, prompts, _, [r] = scripted_run(model, tokenizer, tag_ids, 1, seed=3, min_blocks=3)
     assert r.num_forks >= 3 and r.finish_reason == "stop"
     assert eng.stats.moved_kv_bytes == 0
@@ -202,7 +202,7 @@ def test_I5_fork_moves_no_kv_and_join_prefills_nothing(model, tokenizer, tag_ids
     assert eng.stats.decode_steps <= r.critical_path - 1
 
 
-def test_I6_all_slots_are_free_at_the_end_even_after_an_exception(model, tokenizer, tag_ids):
+def test_all_slots_are_free_at_the_end_even_after_an_exception(model, tokenizer, tag_ids):
     eng, prompts, _, _ = scripted_run(model, tokenizer, tag_ids, 10)
     assert eng.kv_tokens_in_use == 0
     eng.script_of = lambda request: 1 / 0
@@ -224,13 +224,13 @@ def test_fuzz_random_weights_budgets_and_limits_hold_every_invariant(happy, toke
         found = eng.generate(prompts, n=n, max_new_tokens=limit, seed=left, max_branches=rng.randint(1, 8), **sampling)
         rollouts, preemptions, left = [r for rs in found for r in rs], preemptions + eng.stats.preemptions, left - n * len(prompts)
         assert eng.kv_tokens_in_use == 0 and not eng.active and not eng.waiting
-        assert eng.stats.peak_kv_tokens <= eng.memory.kv_tokens and eng.stats.tokens == sum(len(r.ids) for r in rollouts)
+        assert eng.stats.peak_kv_tokens <= eng.runner.kv_tokens and eng.stats.tokens == sum(len(r.ids) for r in rollouts)
         for r in rollouts:
-            assert 0 < len(r.ids) <= limit and len(r.ids) == len(r.layout) == len(r.forced) == len(r.logprobs)
-            said_step = [i == tag_ids["<step>"] and g > 0 and not f for i, g, f in zip(r.ids, r.layout.group, r.forced)]
-            if not any(said_step):  # the one case in which ids leave a doubt (D3): a step that itself says <step>
+            assert 0 < len(r.ids) <= limit and len(r.ids) == len(r.layout.block) == len(r.forced) == len(r.logprobs)
+            said_step = [i == tag_ids["<step>"] and g > 0 and not f for i, g, f in zip(r.ids, r.layout.block, r.forced)]
+            if not any(said_step):  # the one case in which ids leave a doubt: a step that itself says <step>
                 again = layout(r.ids, tag_ids)
-                assert (np.array([again.group, again.branch, again.position]) == [r.layout.group, r.layout.branch, r.layout.position]).all()
+                assert (np.array([again.block, again.branch, again.position]) == [r.layout.block, r.layout.branch, r.layout.position]).all()
             reasons.add(r.finish_reason)
             widths.add(r.max_branches)
     assert reasons == {"stop", "length", "malformed"} and widths >= {0, 1, 2} and preemptions > 0
@@ -279,7 +279,7 @@ def test_sequential_mode_samples_tags_as_plain_tokens(model, tokenizer):
     eng = ScriptedEngine(model, tokenizer)
     eng.script_of = lambda request: {(0, 0): tokenizer.encode("</step><guideline>a</guideline><|im_end|>")}
     [[r]] = eng.generate([[50, 51]], parallel=False, max_new_tokens=60)
-    assert r.finish_reason == "stop" and r.num_forks == 0 and not r.layout.group.any() and not any(r.forced)
+    assert r.finish_reason == "stop" and r.num_forks == 0 and not r.layout.block.any() and not any(r.forced)
 
 
 def test_n_samples_of_a_prompt_prefill_it_once_and_differ(model, plain_tokenizer):
@@ -299,9 +299,12 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(model, plain_tokenizer):
         assert [r.ids for [r] in drawn] == [r.ids for [r] in greedy]
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]], device=model.device)).repeat(4000, 1)
     eng = Engine(model, plain_tokenizer)
-    eng.temperature, eng.top_p, eng.top_k, eng.penalty = 1.0, 0.7, 0, 1.0
+    eng.sampling = 1.0, 0.7, 0
+    eng.penalty = 1.0
     u = np.random.default_rng(0).random(4000, dtype=np.float32)
-    eng.active = [engine_module.Request(0, 0, [], u, [], [], [], [], [], heads=list(range(4000)))]
+    request = engine_module.Request(0, (), None, u)
+    request.tips = list(range(4000))
+    eng.active = [request]
     tokens, logprobs = eng.sample(logits)
     share = np.bincount(tokens, minlength=4) / 4000
     assert share[2:].sum() == 0 and abs(share[0] - 0.625) < 0.03  # 0.5 and 0.3 hold the top 0.7
@@ -310,12 +313,15 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(model, plain_tokenizer):
 
 def test_repetition_penalty_acts_inside_steps_only_and_on_the_branchs_own_tokens(model, plain_tokenizer):
     eng = Engine(model, plain_tokenizer)
-    eng.temperature, eng.top_p, eng.top_k, eng.penalty = 0, 1.0, 0, 2.0
+    eng.sampling = 0, 1.0, 0
+    eng.penalty = 2.0
     # arrival order: a prompt token 3, then branch 1 holds tokens 1 and 2, branch 2 holds token 0
-    row = dict(ids=[3, 1, 0, 2], group=[0, 1, 1, 1], branch=[0, 1, 2, 1])
+    request = engine_module.Request(0, (3,), None, None)
+    request.tokens += [engine_module.Token(id, 1, branch, 1) for id, branch in ((1, 1), (0, 2), (2, 1))]
+    eng.active = [request]
     logits = torch.tensor([[2.9, 3.0, 2.8, 2.7]], device=model.device)
-    for head, expected in ((0, 1), (2, 1), (3, 0)):  # trunk: no penalty; branch 2: 0 is halved; branch 1: 1 and 2 are halved
-        eng.active = [engine_module.Request(0, 1, row["ids"], None, row["group"], row["branch"], [], [], [], heads=[head])]
+    for tip, expected in ((0, 1), (2, 1), (3, 0)):  # trunk: no penalty; branch 2: 0 is halved; branch 1: 1 and 2 are halved
+        request.tips = [tip]
         [token], [logprob] = eng.sample(logits)
         assert token == expected
         assert abs(logprob - logits.log_softmax(-1)[0, token].item()) < 1e-6  # reported without the penalty
@@ -340,29 +346,29 @@ def test_parallel_mode_without_tag_tokens_is_refused(model, plain_tokenizer):
 
 def test_picture_of_a_kv_row_forking_and_joining_is_what_the_engine_does(model, tokenizer, tag_ids):
     source = open(engine_module.__file__).read()
-    rows = {name: cells.replace("|", " ").split() for name, cells in re.findall(r"^#     (slot|token|group|branch|position) +(.*)$", source, re.M)}
+    rows = {name: cells.replace("|", " ").split() for name, cells in re.findall(r"^#     (slot|token|block|branch|position) +(.*)$", source, re.M)}
     script = {
         (0, 0): tokenizer.encode("<guideline><plan>1:a</plan><plan>2:b</plan></guideline>"),
         (1, 1): tokenizer.encode("x</step>"), (1, 2): tokenizer.encode("yz</step>"),
     }  # fmt: skip
     eng, feeds, kept = ScriptedEngine(model, tokenizer, kernel=False), [], []
     eng.script_of = lambda request: script
-    aim = eng.memory.aim_decode
+    feed = eng.runner.feed
 
-    def spy(row, slot, *rest):
-        aim(row, slot, *rest)
-        feeds.append(slot.tolist())
+    def spy(packed, *rest):
+        feeds.append(packed[5].tolist())  # slots
         kept[:] = eng.active
+        return feed(packed, *rest)
 
-    eng.memory.aim_decode = spy
+    eng.runner.feed = spy
     eng.generate([[60]], max_new_tokens=30)
     [request], slots = kept, [int(s) for s in rows["slot"]]
     names = {tag_ids["</guideline>"]: "/g", tag_ids["<step>"]: "s", tag_ids["</step>"]: "/s", tag_ids["<takeaway>"]: "t"}
-    assert [names.get(request.ids[s]) or tokenizer.decode([request.ids[s]]) for s in slots] == rows["token"]
-    for name in ("group", "branch", "position"):
-        assert [getattr(request, name)[s] for s in slots] == [int(x) for x in rows[name]]
-    assert eng.memory.group[slots].tolist() == [int(x) for x in rows["group"]]
-    assert eng.memory.branch[slots].tolist() == [int(x) for x in rows["branch"]]
+    tokens = [request.tokens[s] for s in slots]
+    assert [names.get(token.id) or tokenizer.decode([token.id]) for token in tokens] == rows["token"]
+    for name in ("block", "branch", "position"):
+        assert [getattr(token, name) for token in tokens] == [int(x) for x in rows[name]]
+    assert eng.runner.block[slots].tolist() == [int(x) for x in rows["block"]]
+    assert eng.runner.branch[slots].tolist() == [int(x) for x in rows["branch"]]
     bars = re.search(r"^#     slot +(.*)$", source, re.M)[1].split("|")  # what stands between two bars is fed in one step
-    assert [[int(x) for x in part.split()] for part in bars] == [[12], [13, 14, 15, 16, 17, 18], [19, 20], [21, 22], [23, 24]]
-    assert [list(range(12, 19)), [19, 20], [21, 22], [23, 24]] == [f for f in feeds if f[0] >= 12][:4]
+    assert [[int(x) for x in part.split()] for part in bars] == [f for f in feeds if f[0] >= 12][:4]

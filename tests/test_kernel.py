@@ -14,7 +14,7 @@ from conftest import ROOT, ScriptedEngine, no_cuda, random_model, random_prompts
 
 import engine as engine_module
 import stage0_model as stage0
-from engine import Engine, attend_pieces, cut_pieces
+from engine import Engine, split_kv_attention, make_splits
 
 needs_triton = pytest.mark.skipif(engine_module.triton is None, reason="triton is not installed: pip install triton")
 
@@ -38,31 +38,31 @@ def bfloat16_in_the_interpreter(monkeypatch):
 
 def random_rows(rng, R, longest, most_tokens, max_branches, capacity):
     """Integers of R rows in the middle of decoding: random spans of trunk and of up to max_branches branches in order of arrival.  The last
-    few slots of each are the new tokens.  Returns length (R,), count (R,), group and branch (R, capacity)."""
+    few slots of each are the new tokens.  Returns length (R,), count (R,), block and branch (R, capacity)."""
     length = rng.integers(1, longest + 1, R)
     count = np.minimum(length, rng.integers(1, most_tokens + 1, R))
-    group, branch = np.zeros((R, capacity), dtype=np.int64), rng.integers(0, 3, (R, capacity))  # a trunk's branch must not matter
+    block, branch = np.zeros((R, capacity), dtype=np.int64), rng.integers(0, 3, (R, capacity))  # a trunk's branch must not matter
     for r in range(R):
-        at, block = 0, 0
+        at, number = 0, 0
         while at < length[r]:
             span = int(rng.integers(1, 12))
             if rng.random() < 0.6:
-                block += 1
+                number += 1
                 span *= 3
-                group[r, at : at + span] = block
-                branch[r, at : at + span] = rng.integers(1, max_branches + 1, len(group[r, at : at + span]))
+                block[r, at : at + span] = number
+                branch[r, at : at + span] = rng.integers(1, max_branches + 1, len(block[r, at : at + span]))
             at += span
-    return length, count, group, branch
+    return length, count, block, branch
 
 
-def reference(q, kv, row, slot, group, branch, slot_group, slot_branch, capacity):
+def reference(q, kv, row, slot, block, branch, slot_block, slot_branch, capacity):
     """One query token at a time, in float64: softmax over the slots of its row that it may see; zeros when there are none."""
     N, H, D = q.shape
     H_kv, out = kv.shape[1] // 2, torch.zeros(N, H, D, dtype=torch.float64)
     for i in range(N):
         here = slice(int(row[i]) * capacity, int(row[i]) * capacity + int(slot[i]) + 1)
-        g, b = int(group[i]), int(branch[i])
-        sees = ~((slot_group[here] == g) & (slot_branch[here] != b)) if g else torch.ones_like(slot_group[here], dtype=torch.bool)
+        g, b = int(block[i]), int(branch[i])
+        sees = ~((slot_block[here] == g) & (slot_branch[here] != b)) if g else torch.ones_like(slot_block[here], dtype=torch.bool)
         if sees.any():
             keys, values = kv[here][sees].double().repeat_interleave(H // H_kv, dim=1).split(H, dim=1)  # (n, H, D)
             weight = (torch.einsum("hd,nhd->hn", q[i].double(), keys) * D**-0.5).softmax(-1)
@@ -70,8 +70,8 @@ def reference(q, kv, row, slot, group, branch, slot_group, slot_branch, capacity
     return out
 
 
-def run_kernel(device, length, count, group, branch, capacity, G, H_kv, D, dtype, target, idle=(0, 0), blind=()):
-    """Error of the kernel against the reference, on random numbers.  idle: so many tokens and pieces more than needed; blind: tokens whose
+def run_kernel(device, length, count, block, branch, capacity, G, H_kv, D, dtype, target, idle=(0, 0), blind=()):
+    """Error of the kernel against the reference, on random numbers.  idle: so many tokens and splits more than needed; blind: tokens whose
     slot is -1, so that they see nothing."""
     R, H, (row, col) = len(length), G * H_kv, engine_module.ragged(count)
     slot = (length - count)[row] + col
@@ -81,16 +81,16 @@ def run_kernel(device, length, count, group, branch, capacity, G, H_kv, D, dtype
         kv[r * capacity + length[r] : (r + 1) * capacity] = float("nan")  # what lies beyond a row must not be touched
     q = torch.randn(len(row), H + H_kv, D).to(dtype)[:, :H]  # a slice, as the model makes it
     M = min(128, max(16, 1 << (int(count.max()) * G - 1).bit_length()))
-    pieces, of_token = cut_pieces(np.arange(R) * capacity, length, count, M // G, target)
-    assert len(pieces) <= len(row) + target
+    splits, of_token = make_splits(np.arange(R) * capacity, length, count, M // G, target)
+    assert len(splits) <= len(row) + target
     slot[list(blind)] = -1
-    q_group, q_branch = group[row, slot], branch[row, slot]
-    want = reference(q, kv, row, slot, q_group, q_branch, tensor(group).cpu().view(-1), tensor(branch).cpu().view(-1), capacity)
+    q_block, q_branch = block[row, slot], branch[row, slot]
+    want = reference(q, kv, row, slot, q_block, q_branch, tensor(block).cpu().view(-1), tensor(branch).cpu().view(-1), capacity)
     pad = lambda x, n: np.concatenate([x, np.zeros((n, *x.shape[1:]), dtype=x.dtype)])  # noqa: E731
-    integers = [tensor(pad(x, idle[0])) for x in (slot, q_group, q_branch)]
-    got = attend_pieces(
-        torch.cat([q, q[:1].expand(idle[0], -1, -1)]).to(device), kv.to(device), *integers, tensor(group).view(-1), tensor(branch).view(-1),
-        tensor(pad(pieces, idle[1])), *(tensor(pad(x, idle[0])) for x in of_token), M,
+    integers = [tensor(pad(x, idle[0])) for x in (slot, q_block, q_branch)]
+    got = split_kv_attention(
+        torch.cat([q, q[:1].expand(idle[0], -1, -1)]).to(device), kv.to(device), *integers, tensor(block).view(-1), tensor(branch).view(-1),
+        tensor(pad(splits, idle[1])), *(tensor(pad(x, idle[0])) for x in of_token), M,
     )[: len(row)].cpu()  # fmt: skip
     assert (got[list(blind)] == 0).all()
     return ((got.double() - want).norm() / want.norm()).item()
@@ -109,7 +109,7 @@ def test_kernel_equals_the_reference_for_every_group_size_head_dim_and_dtype(dev
 @needs_triton
 @pytest.mark.parametrize("seed", range(6))
 def test_kernel_on_random_layouts_ragged_lengths_and_split_counts(device, seed):
-    """One to sixteen branches, one token to more than a tile holds, rows in one piece or in many, idle tokens and pieces."""
+    """One to sixteen branches, one token to more than a tile holds, rows in one split or in many, idle tokens and splits."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     branches = [1, 2, 5, 8, 16, 16][seed]
@@ -122,8 +122,8 @@ def test_kernel_on_random_layouts_ragged_lengths_and_split_counts(device, seed):
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129])
 def test_kernel_at_the_edges_of_tiles_and_pieces(device, length):
     torch.manual_seed(0)
-    group, branch = np.zeros((2, 2, 130), dtype=np.int64)
-    rows = np.array([length, 1]), np.array([1, 1]), group, branch
+    block, branch = np.zeros((2, 2, 130), dtype=np.int64)
+    rows = np.array([length, 1]), np.array([1, 1]), block, branch
     for target in (1, 2, 4):
         assert run_kernel(device, *rows, 130, 2, 1, 32, torch.float32, target) < TOLERANCE[torch.float32]
 
@@ -148,20 +148,20 @@ def test_pieces_cover_every_slot_of_every_tile_once():
     for _ in range(200):
         R, most, target = int(rng.integers(1, 9)), int(rng.integers(1, 9)), int(rng.integers(1, 40))
         length, count = rng.integers(1, 700, R), rng.integers(1, 20, R)
-        pieces, (first_piece, num_pieces) = cut_pieces(1000 * np.arange(R), length, count, most, target)
-        assert len(pieces) <= count.sum() + target
+        splits, (first_split, num_splits) = make_splits(1000 * np.arange(R), length, count, most, target)
+        assert len(splits) <= count.sum() + target
         row, _ = engine_module.ragged(count)
         for token in range(count.sum()):
-            mine = pieces[first_piece[token] : first_piece[token] + num_pieces[token]]
+            mine = splits[first_split[token] : first_split[token] + num_splits[token]]
             assert (mine[:, 0] == 1000 * row[token]).all()
             assert (mine[:, 3] <= token).all() and (token < mine[:, 3] + mine[:, 4]).all() and (mine[:, 4] <= most).all()
             assert mine[0, 1] == 0 and mine[-1, 2] == length[row[token]] and (mine[1:, 1] == mine[:-1, 2]).all()
-        assert len({tuple(p) for p in pieces.tolist()}) == len(pieces)
+        assert len({tuple(p) for p in splits.tolist()}) == len(splits)
 
 
-def test_docstring_example_of_cut_pieces():
-    pieces, of_token = cut_pieces(np.array([0, 9]), np.array([5, 3]), np.array([2, 1]), 8, 2, block=4)
-    assert pieces.tolist() == [[0, 0, 4, 0, 2], [0, 4, 5, 0, 2], [9, 0, 3, 2, 1]]
+def test_docstring_example_of_make_splits():
+    splits, of_token = make_splits(np.array([0, 9]), np.array([5, 3]), np.array([2, 1]), 8, 2, slots=4)
+    assert splits.tolist() == [[0, 0, 4, 0, 2], [0, 4, 5, 0, 2], [9, 0, 3, 2, 1]]
     assert of_token.tolist() == [[0, 0, 2], [2, 2, 1]]
     assert [x.tolist() for x in engine_module.ragged(np.array([2, 1]))] == [[0, 0, 1], [0, 1, 0]]
 
@@ -175,9 +175,9 @@ def test_kernel_addresses_a_pool_of_more_than_2_to_the_31_numbers():
     kv, here = torch.zeros(slots, 2, 128, dtype=torch.float16, device="cuda"), slice(slots - 40, slots)
     kv[here], q = torch.randn(40, 2, 128), torch.randn(1, 1, 128, device="cuda").half()
     integers, kind = torch.zeros(2, slots, dtype=torch.long, device="cuda"), dict(dtype=torch.long, device="cuda")
-    pieces, of_token = cut_pieces(np.array([slots - 40]), np.array([40]), np.array([1]), 16, 2)
+    splits, of_token = make_splits(np.array([slots - 40]), np.array([40]), np.array([1]), 16, 2)
     zero = torch.zeros(1, **kind)
-    got = attend_pieces(q, kv, zero + 39, zero, zero, *integers, torch.tensor(pieces, **kind), *torch.tensor(of_token, **kind), 16)
+    got = split_kv_attention(q, kv, zero + 39, zero, zero, *integers, torch.tensor(splits, **kind), *torch.tensor(of_token, **kind), 16)
     weight = (q[0].double() @ kv[here, 0].double().T * 128**-0.5).softmax(-1)
     torch.testing.assert_close(got[0].double(), weight @ kv[here, 1].double(), atol=2e-3, rtol=0)
 
@@ -194,7 +194,7 @@ def trees(model, tokenizer, tag_ids, kernel, n=3, free=False, **sampling):
         loose = lambda ids: [t if i % 2 or t in tag_ids.values() else None for i, t in enumerate(ids)]  # noqa: E731
         scripts = {p: {key: ids if key == (0, 0) else loose(ids) for key, ids in s.items()} for p, s in scripts.items()}
     eng = ScriptedEngine(model, tokenizer, kv_tokens=1000, kernel=kernel)
-    eng.script_of = lambda request: scripts[tuple(request.ids[: request.prompt_len])]
+    eng.script_of = lambda request: scripts[tuple(request.prompt)]
     return eng, prompts, [r for [r] in eng.generate(prompts, max_new_tokens=150, **sampling)]
 
 
@@ -209,8 +209,8 @@ def test_engine_with_kernel_and_replayed_steps_gives_the_same_tokens(device, tok
         assert (r.ids, r.forced, r.finish_reason) == (other.ids, other.forced, other.finish_reason)
         np.testing.assert_allclose(r.logprobs, other.logprobs, atol=1e-5 if device.type == "cpu" else 1e-4)
     # few sizes: the steps of a run share buffers, whose numbers of tokens are powers of two
-    sizes = {key[1] for key in eng.replay.buffers}
-    assert all(n & (n - 1) == 0 for n in sizes) and len(eng.replay.buffers) < eng.stats.decode_steps / 2
+    sizes = {key[1] for key in eng.runner.graphs.buffers}
+    assert all(n & (n - 1) == 0 for n in sizes) and len(eng.runner.graphs.buffers) < eng.stats.decode_steps / 2
     assert eng.kv_tokens_in_use == 0
 
 
@@ -220,7 +220,7 @@ def test_what_an_earlier_step_left_in_a_buffer_changes_nothing(tokenizer):
     eng = Engine(model, tokenizer, kernel=True)
     once = eng.generate([[50, 51], [60]], parallel=False, max_new_tokens=4)
     eng.generate(random_prompts(random.Random(0), 7), parallel=False, max_new_tokens=3, seed=5)
-    for buffers in eng.replay.buffers.values():
+    for buffers in eng.runner.graphs.buffers.values():
         for buffer in buffers:
             buffer.fill_(1 if buffer.dtype == torch.long else float("nan"))
     again = eng.generate([[50, 51], [60]], parallel=False, max_new_tokens=4)
@@ -229,7 +229,7 @@ def test_what_an_earlier_step_left_in_a_buffer_changes_nothing(tokenizer):
 
 def test_a_function_to_capture_is_first_run_on_the_real_inputs(device):
     """Run on empty buffers, a decode step would store token 0 in slot 0 of the first row."""
-    slots, replay = torch.zeros(5, device=device), engine_module.Replay(device)
+    slots, replay = torch.zeros(5, device=device), engine_module.CudaGraphs(device)
     step = lambda index: slots.index_fill_(0, index, 1.0) + index  # noqa: E731
     assert replay("step", step, torch.tensor([3])).tolist() == [3, 3, 3, 4, 3]
     assert replay("step", step, torch.tensor([2])).tolist() == [2, 2, 3, 3, 2]
@@ -252,9 +252,9 @@ def test_replay_keys_hold_everything_a_captured_function_bakes_in(tokenizer):
     model = random_model(len(tokenizer), num_hidden_layers=1)
     eng, fresh = (Engine(model, tokenizer, kernel=True) for _ in range(2))
     eng.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=1.0)
-    keys = set(eng.replay.buffers)
+    keys = set(eng.runner.graphs.buffers)
     drawn = eng.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=0)
-    assert {key[0] for key in set(eng.replay.buffers) - keys} == {"draw"}
+    assert {key[0] for key in set(eng.runner.graphs.buffers) - keys} == {"draw"}
     assert drawn[0][0].ids == fresh.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=0)[0][0].ids
 
 
@@ -264,8 +264,8 @@ def test_replay_keys_hold_everything_a_captured_function_bakes_in(tokenizer):
 def padded_batch(model, tokenizer, tag_ids, device, n=5):
     """The rollouts of n scripted trees as one batch (ids, layout, mask) of uneven rows, two of them plain text."""
     _, prompts, rollouts = trees(model, tokenizer, tag_ids, kernel=False, n=n)
-    sequences = [engine_module.Sequence(p, r.ids, r.layout if i > 1 else None) for i, (p, r) in enumerate(zip(prompts, rollouts))]
-    [(_, *batch)] = engine_module.batches(sequences, 10**6, device)
+    examples = [engine_module.Example(p, r.ids, r.layout if i > 1 else None) for i, (p, r) in enumerate(zip(prompts, rollouts))]
+    [(_, *batch)] = engine_module.batches(examples, 10**6, device)
     return batch
 
 
@@ -282,13 +282,13 @@ def flex(monkeypatch):
 
 def test_packed_rows_and_flex_attention_give_the_logprobs_of_padded_rows_and_a_dense_mask(device, tokenizer, tag_ids, flex):
     model = random_model(len(tokenizer) + 5, num_attention_heads=6).to(device)
-    ids, laid, mask = padded_batch(model, tokenizer, tag_ids, device)
-    assert laid.group.any() and len(set(laid.lengths.tolist())) > 1
+    ids, batch_layout, mask = padded_batch(model, tokenizer, tag_ids, device)
+    assert batch_layout.block.any() and len(set(batch_layout.lengths.tolist())) > 1
     found = []
     for on in (False, True):
         flex(on)
         with torch.no_grad():
-            found.append(engine_module.token_logprobs(model, ids, laid))
+            found.append(engine_module.token_logprobs(model, ids, batch_layout))
     for dense, packed in zip(*found):
         torch.testing.assert_close(packed[mask], dense[mask], atol=1e-5 if device.type == "cpu" else 1e-4, rtol=0)
         assert (dense[mask] != 0).all()
@@ -296,19 +296,19 @@ def test_packed_rows_and_flex_attention_give_the_logprobs_of_padded_rows_and_a_d
     other = ids.clone()
     other[1:] = ids[1:].flip(1)
     with torch.no_grad():
-        torch.testing.assert_close(engine_module.token_logprobs(model, other, laid)[0][0], found[1][0][0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(engine_module.token_logprobs(model, other, batch_layout)[0][0], found[1][0][0], atol=1e-6, rtol=0)
 
 
 def test_flex_attention_sees_what_visible_mask_says(device, tokenizer, tag_ids, model, flex):
     """On the packed row itself: the definition, as a dense mask, against the blocks."""
-    ids, laid, _ = padded_batch(model, tokenizer, tag_ids, device)
-    ids, laid, place = engine_module.pack(ids, laid)
-    assert ids.shape[1] == stage0.bucket(len(place)) and laid.document[0, len(place) :].eq(-1).all()
+    ids, batch_layout, _ = padded_batch(model, tokenizer, tag_ids, device)
+    ids, batch_layout, place = engine_module.pack(ids, batch_layout)
+    assert ids.shape[1] == stage0.bucket(len(place)) and batch_layout.document[0, len(place) :].eq(-1).all()
     q, k, v = (torch.randn(1, ids.shape[1], heads, 16, device=device) for heads in (4, 2, 2))
     found = []
     for on in (False, True):
         flex(on)
-        found.append(stage0.attention(q, k, v, stage0.visibility(laid.group, laid.branch, laid.document)))
+        found.append(stage0.attention(q, k, v, stage0.visibility(batch_layout.block, batch_layout.branch, batch_layout.document)))
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
     causal = stage0.attention(q, k, v, None)
     assert (found[0] - causal).abs().max() > 0.1
@@ -316,8 +316,8 @@ def test_flex_attention_sees_what_visible_mask_says(device, tokenizer, tag_ids, 
 
 def test_docstring_example_of_pack():
     zero = torch.zeros(2, 3, dtype=torch.long)
-    laid = engine_module.Layout(zero, zero, torch.arange(3).expand(2, 3), lengths=torch.tensor([3, 1]))
-    ids, packed, place = engine_module.pack(torch.tensor([[5, 6, 7], [8, 0, 0]]), laid)
+    batch_layout = engine_module.Layout(zero, zero, torch.arange(3).expand(2, 3), lengths=torch.tensor([3, 1]))
+    ids, packed, place = engine_module.pack(torch.tensor([[5, 6, 7], [8, 0, 0]]), batch_layout)
     assert ids[0, :6].tolist() == [5, 6, 7, 8, 5, 5] and packed.document[0, :6].tolist() == [0, 0, 0, 1, -1, -1]
     assert packed.position[0, :4].tolist() == [0, 1, 2, 0] and place.tolist() == [0, 1, 2, 3]
     assert [stage0.bucket(n) for n in (1, 100, 1100, 8192)] == [32, 128, 1280, 8192]
@@ -331,10 +331,10 @@ def test_gradients_of_the_two_training_paths_agree(tokenizer, tag_ids, flex, rec
     for on in (False, True):
         flex(on)
         model = random_model(len(tokenizer) + 5).cuda()
-        ids, laid, mask = padded_batch(model, tokenizer, tag_ids, "cuda")
+        ids, batch_layout, mask = padded_batch(model, tokenizer, tag_ids, "cuda")
         if recompute:
             stage0.recompute_activations(model)
-        engine_module.token_logprobs(model, ids, laid)[0][mask].mean().backward()
+        engine_module.token_logprobs(model, ids, batch_layout)[0][mask].mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     dense, packed = gradients
     assert dense.norm() > 1e-3 and (packed - dense).norm() / dense.norm() < 1e-3
@@ -350,8 +350,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import engine
 types = dict(q="*bf16", kv="*bf16", out="*bf16", q_stride="i32", scale="fp32", partial="*fp32", partial_lse="*fp32")
-sizes = dict(H_KV=2, G=4, D=64, BLOCK_D=64, M=16, BLOCK=64, AT_ONCE=16)
-for kernel in (engine.look_at_piece, engine.merge_pieces):
+sizes = dict(H_KV=2, REPEAT=4, D=64, BLOCK_D=64, M=16, BLOCK_N=64, AT_ONCE=16)
+for kernel in (engine.split_kv_kernel, engine.merge_splits_kernel):
     signature = {{name: "constexpr" if name in sizes else types.get(name, "*i64") for name in kernel.arg_names}}
     source = ASTSource(kernel, signature, {{name: sizes[name] for name in kernel.arg_names if name in sizes}})
     assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
@@ -392,12 +392,12 @@ def test_flex_attention_is_compiled_once_for_a_length_whatever_the_batch(monkeyp
     flex(True)
     for seed, (T, expected) in enumerate([(256, 2), (256, 2), (320, 4), (256, 4)]):  # a graph for the mask, one for attention
         torch.manual_seed(seed)
-        group, branch = torch.randint(0, 3, (2, 1, T)).sort().values
+        block, branch = torch.randint(0, 3, (2, 1, T)).sort().values
         document = (torch.arange(T)[None] > 100).long()
         q, k, v = (torch.randn(1, T, heads, 16) for heads in (4, 2, 2))
         with torch.no_grad():
-            found = stage0.attention(q, k, v, stage0.visibility(group, branch, document))
-            dense = stage0.attention(q, k, v, stage0.visible_mask(group, branch, document)[:, None])
+            found = stage0.attention(q, k, v, stage0.visibility(block, branch, document))
+            dense = stage0.attention(q, k, v, stage0.visible_mask(block, branch, document)[:, None])
         torch.testing.assert_close(found, dense, atol=1e-5, rtol=0)
         assert len(graphs) == expected
 

@@ -46,38 +46,38 @@ def brute_force(text):
     return triples, see
 
 
-def triples(laid):
-    return list(zip(laid.group.tolist(), laid.branch.tolist(), laid.position.tolist()))
+def triples(whole):
+    return list(zip(whole.block.tolist(), whole.branch.tolist(), whole.position.tolist()))
 
 
 def test_worked_example_of_the_design():
     text = "qq<guideline><plan>1</plan></guideline>"  # </guideline> lands at position 6
     text += "<step>1</step><step>2bc</step><takeaway>t</takeaway>"
-    laid = layout(ids_of(text), TAG)
-    assert laid.position.tolist() == [0, 1, 2, 3, 4, 5, 6] + [7, 8, 9] + [7, 8, 9, 10, 11] + [12, 13, 14]
-    assert laid.group.tolist() == [0] * 7 + [1] * 8 + [0] * 3
-    assert laid.branch.tolist() == [0] * 7 + [1] * 3 + [2] * 5 + [0] * 3
-    see = visible(laid)
+    whole = layout(ids_of(text), TAG)
+    assert whole.position.tolist() == [0, 1, 2, 3, 4, 5, 6] + [7, 8, 9] + [7, 8, 9, 10, 11] + [12, 13, 14]
+    assert whole.block.tolist() == [0] * 7 + [1] * 8 + [0] * 3
+    assert whole.branch.tolist() == [0] * 7 + [1] * 3 + [2] * 5 + [0] * 3
+    see = visible(whole)
     assert see[10, :7].all() and not see[10, 7:10].any() and see[10, 10]  # step 2: prompt, guideline, itself
     assert see[15, :16].all()  # the takeaway tag sees everything
 
 
 def test_picture_in_the_module_docstring_is_the_layout():
-    rows = dict(re.findall(r"^    (group|branch|position) +(.*)$", engine.__doc__, re.M))
+    rows = dict(re.findall(r"^    (block|branch|position) +(.*)$", engine.__doc__, re.M))
     drawn = {name: [int(x) for x in row.split("=")[0].replace("|", " ").split()] for name, row in rows.items()}
     text = "qq<guideline><plan>1</plan></guideline><step>1</step><step>2bc</step><takeaway>t"
-    laid = layout(ids_of(text), TAG)
-    for name in ("group", "branch", "position"):
-        assert getattr(laid, name)[5:].tolist() == drawn[name]
+    whole = layout(ids_of(text), TAG)
+    for name in ("block", "branch", "position"):
+        assert getattr(whole, name)[5:].tolist() == drawn[name]
 
 
 def test_docstring_example_of_layout():
     t = TAG
     ids = [t["<guideline>"], t["</guideline>"], t["<step>"], 1, t["</step>"], t["<step>"], 2, 3, t["</step>"], t["<takeaway>"]]
-    laid = layout(ids, TAG)
-    assert laid.group.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 0]
-    assert laid.branch.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 0]
-    assert laid.position.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]
+    whole = layout(ids, TAG)
+    assert whole.block.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 0]
+    assert whole.branch.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 0]
+    assert whole.position.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("separator", ["", "_"])
@@ -91,32 +91,32 @@ def test_random_trajectories_match_the_brute_force_tree(separator):
             text += "".join(f"{separator}<step>{'ab' * rng.randint(0, 3)}</step>" for _ in range(k))
             text += f"{separator}<takeaway>{'c' * rng.randint(0, 3)}</takeaway>"
         text += "e" * rng.randint(0, 3)
-        laid = layout(ids_of(text), TAG)
+        whole = layout(ids_of(text), TAG)
         expected, see = brute_force(text)
-        assert triples(laid) == expected, text
-        assert (visible(laid) == see).all(), text
+        assert triples(whole) == expected, text
+        assert (visible(whole) == see).all(), text
 
 
 def test_step_2_cannot_see_step_1_even_through_the_separator():
     text = "<guideline><plan>1</plan><plan>2</plan></guideline><step>a</step>_<step>b</step>_<takeaway>"
     ids = ids_of(text)
-    laid, see = layout(ids, TAG), visible(layout(ids, TAG))
-    step1 = [i for i in range(len(ids)) if laid.branch[i] == 1]
+    whole, see = layout(ids, TAG), visible(layout(ids, TAG))
+    step1 = [i for i in range(len(ids)) if whole.branch[i] == 1]
     separator = max(step1) + 1
-    assert laid.branch[separator] == 2 and laid.group[separator] == 1
-    step2 = [i for i in range(len(ids)) if laid.branch[i] == 2]
+    assert whole.branch[separator] == 2 and whole.block[separator] == 1
+    step2 = [i for i in range(len(ids)) if whole.branch[i] == 2]
     reach = see.astype(int)
     for _ in range(4):  # what step 2 sees, and what that sees, and so on through four layers
         reach = (reach @ see > 0).astype(int)
     assert not reach[np.ix_(step2, step1)].any()
-    assert laid.group[-2] == 0  # the separator before the takeaway is trunk
+    assert whole.block[-2] == 0  # the separator before the takeaway is trunk
 
 
 def test_a_later_block_sees_all_steps_of_earlier_blocks():
     one = "<guideline><plan>1</plan><plan>2</plan></guideline><step>a</step><step>bb</step><takeaway>t</takeaway>"
-    laid = layout(ids_of(one + one), TAG)
-    first_block, second_block = np.flatnonzero(laid.group == 1), np.flatnonzero(laid.group == 2)
-    assert visible(laid)[np.ix_(second_block, first_block)].all()
+    whole = layout(ids_of(one + one), TAG)
+    first_block, second_block = np.flatnonzero(whole.block == 1), np.flatnonzero(whole.block == 2)
+    assert visible(whole)[np.ix_(second_block, first_block)].all()
 
 
 def test_every_prefix_of_a_canonical_response_has_a_layout_that_is_the_prefix_of_the_whole():
@@ -128,9 +128,9 @@ def test_every_prefix_of_a_canonical_response_has_a_layout_that_is_the_prefix_of
 
 
 def test_an_unclosed_branch_ends_where_the_next_step_begins():
-    laid = layout(ids_of("<guideline><plan>1</plan></guideline><step>abc<step>d"), TAG)
-    assert laid.branch[5:].tolist() == [1, 1, 1, 1, 2, 2]
-    assert laid.position[5:].tolist() == [5, 6, 7, 8, 5, 6]
+    whole = layout(ids_of("<guideline><plan>1</plan></guideline><step>abc<step>d"), TAG)
+    assert whole.branch[5:].tolist() == [1, 1, 1, 1, 2, 2]
+    assert whole.position[5:].tolist() == [5, 6, 7, 8, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_malformed_trajectories_are_refused_at_the_token(text, index):
 
 def test_tags_quoted_in_the_prompt_are_plain_trunk():
     ids = ids_of("say<step>x</step>:<guideline><plan>1</plan></guideline><step>a")
-    laid = layout(ids, TAG, prompt_len=7)
-    assert laid.group[:12].tolist() == [0] * 12 and laid.group[12:].tolist() == [1, 1]
+    whole = layout(ids, TAG, prompt_len=7)
+    assert whole.block[:12].tolist() == [0] * 12 and whole.block[12:].tolist() == [1, 1]
 
 
 def test_layout_of_32768_tokens_allocates_less_than_a_megabyte():

@@ -7,7 +7,7 @@ import torch
 from conftest import random_model, random_prompts
 from test_engine import scripted_run
 
-from engine import Sequence, batches, token_logprobs
+from engine import Example, batches, token_logprobs
 from stage3_papo import papo_advantages, papo_loss
 
 
@@ -40,11 +40,11 @@ def test_papo_gradient_equals_reinforce_computed_one_token_at_a_time(tokenizer, 
     small = random_model(len(tokenizer) + 5, num_hidden_layers=2)
     _, prompts, _, rollouts = scripted_run(small, tokenizer, tag_ids, 3, seed=5, max_blocks=1, max_branches=3, max_length=3)
     advantages = torch.tensor([1.0, -0.5, 2.0])
-    sequences = [Sequence(p, r.ids, r.layout) for p, r in zip(prompts, rollouts)]
+    examples = [Example(p, r.ids, r.layout) for p, r in zip(prompts, rollouts)]
     n = sum(not f for r in rollouts for f in r.forced)
-    for rows, ids, laid, mask in batches(sequences, 60):  # micro-batches of uneven rows
+    for rows, ids, batch_layout, mask in batches(examples, 60):  # micro-batches of uneven rows
         mask[mask.clone()] = torch.tensor([not f for i in rows for f in rollouts[i].forced])
-        logprobs, _ = token_logprobs(small, ids, laid)
+        logprobs, _ = token_logprobs(small, ids, batch_layout)
         papo_loss(logprobs, advantages[rows], mask, n).backward()
     ours = torch.cat([p.grad.flatten() for p in small.parameters()])
 
@@ -54,16 +54,16 @@ def test_papo_gradient_equals_reinforce_computed_one_token_at_a_time(tokenizer, 
         for t in range(len(r.ids)):
             if r.forced[t]:
                 continue
-            g, b = r.layout.group[t], r.layout.branch[t]
+            g, b = r.layout.block[t], r.layout.branch[t]
             # a chain on which the token depends in plain causal order exists inside a branch and before the first join
-            past = [i for i in range(t) if not (g and r.layout.group[i] == g and r.layout.branch[i] != b)]
+            past = [i for i in range(t) if not (g and r.layout.block[i] == g and r.layout.branch[i] != b)]
             context = torch.tensor([prompt + [r.ids[i] for i in past]])
             position = torch.tensor([list(range(len(prompt))) + [len(prompt) + r.layout.position[i] for i in past]])
-            group = torch.tensor([[0] * len(prompt) + r.layout.group[past].tolist()])
+            block = torch.tensor([[0] * len(prompt) + r.layout.block[past].tolist()])
             branch = torch.tensor([[0] * len(prompt) + r.layout.branch[past].tolist()])
             from engine import Layout
 
-            logits = small(context, Layout(group, branch, position))[0, -1]
+            logits = small(context, Layout(block, branch, position))[0, -1]
             total = total + A * logits.log_softmax(-1)[r.ids[t]]
     (-total / n).backward()
     theirs = torch.cat([p.grad.flatten() for p in small.parameters()])
@@ -74,10 +74,10 @@ def test_papo_gradient_equals_reinforce_computed_one_token_at_a_time(tokenizer, 
 def test_forced_tokens_carry_no_loss(model, tokenizer, tag_ids):
     _, prompts, _, rollouts = scripted_run(model, tokenizer, tag_ids, 4, seed=1)
     for prompt, r in zip(prompts, rollouts):
-        [(_, ids, laid, mask)] = batches([Sequence(prompt, r.ids, r.layout)], 10**6, model.device)
+        [(_, ids, batch_layout, mask)] = batches([Example(prompt, r.ids, r.layout)], 10**6, model.device)
         forced = torch.zeros_like(mask)
         forced[mask] = torch.tensor(r.forced, device=model.device)
-        logprobs, _ = token_logprobs(model, ids, laid)
+        logprobs, _ = token_logprobs(model, ids, batch_layout)
         grad = torch.autograd.grad(papo_loss(logprobs, torch.ones(1, device=model.device), mask & ~forced), logprobs)[0]
         assert (grad[forced] == 0).all() and (grad[mask & ~forced] != 0).all()
         assert tokenizer.decode(np.array(r.ids)[r.forced][:3]) == "<step>1:"
@@ -85,13 +85,13 @@ def test_forced_tokens_carry_no_loss(model, tokenizer, tag_ids):
 
 def test_micro_batches_hold_every_sequence_once_within_the_budget():
     rng = random.Random(0)
-    sequences = [Sequence(p, list(range(rng.randint(1, 50)))) for p in random_prompts(rng, 40)]
+    examples = [Example(p, list(range(rng.randint(1, 50)))) for p in random_prompts(rng, 40)]
     seen = []
-    for rows, ids, _, mask in batches(sequences, 200):
+    for rows, ids, _, mask in batches(examples, 200):
         assert ids.numel() <= 200 or len(rows) == 1
-        assert mask.sum() == sum(len(sequences[i].ids) for i in rows)
+        assert mask.sum() == sum(len(examples[i].ids) for i in rows)
         for b, i in enumerate(rows):
-            assert ids[b, mask[b]].tolist() == sequences[i].ids
+            assert ids[b, mask[b]].tolist() == examples[i].ids
         seen += rows
     assert sorted(seen) == list(range(40))
 

@@ -1,6 +1,7 @@
 """Stage 1: every rung of the format reward, and DAPO by hand-worked numbers."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ GOOD = (
     ],
 )  # fmt: skip
 def test_each_rung_of_the_format_reward(text, violation):
-    found = parse_response(text).violations
-    assert (found[0] if found else None) == violation
+    violations = parse_response(text).violations
+    assert (violations[0] if violations else None) == violation
     assert format_score(text) == (VIOLATIONS[violation] if violation else 0.0)
 
 
@@ -71,14 +72,23 @@ def test_parser_never_raises_on_shuffled_tags():
         assert format_score(text) == 0 or -2 <= format_score(text) <= -1.1
 
 
+def is_canonical(text):
+    """The grammar of a valid response as one pattern, for those without white space between tags: what the parser is compared with."""
+    block = r"<guideline>((?:<plan>\d+:[^<>]+</plan>)+)</guideline>((?:<step>\d+:[^<>]+</step>)+)<takeaway>[^<>]+</takeaway>"
+    if not re.fullmatch(rf"(?:{block})+[^<>]*\\boxed\{{[^<>{{}}]*\}}[^<>]*", text) or text.count("\\boxed{") != 1:
+        return False
+    numbers = [[re.findall(r"<\w+>(\d+):", part) for part in parts] for parts in re.findall(block, text)]
+    return all(plans == steps == [str(i + 1) for i in range(len(plans))] for plans, steps in numbers)
+
+
 def test_the_corpus_knows_its_valid_from_its_malformed():
     rng = random.Random(0)
     for _ in range(600):
         problem = stage0.draw_problem(rng.choice(stage0.KINDS), rng)
         rounds, answer = stage0.work_out(problem, rng, 0.05)
         good, bad = stage0.tagged_solution(rounds, answer), stage0.malformed_solution(rounds, answer, rng)
-        assert format_score(good) == 0 and stage0.is_canonical(good)
-        assert format_score(bad) < 0 and not stage0.is_canonical(bad)
+        assert format_score(good) == 0 and is_canonical(good)
+        assert format_score(bad) < 0 and not is_canonical(bad)
         assert format_score(stage0.plain_solution(rounds, answer)) == -2
 
 
