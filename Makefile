@@ -1,6 +1,8 @@
 # make         set up, train stages 0-3, print the table (about an hour on 2 cores; CUDA is used when there is one)
-# make test    set up, run the tests            make smoke   every stage and the evaluation at miniature size, a few minutes
-# make smoke-real   the same with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
+# make check   set up, lint, and the quick tests, under a minute on one core        make lint    ruff alone
+# make test    set up, run all the tests        make smoke   every stage and the evaluation at miniature size, a few minutes
+# make diff    the loops of stage 1 and stage 3 side by side (WIDTH=160 in a narrower window)
+# make smoke-real   as smoke, with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
 # make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
 # make seeds   stages 1-3 twice more from the same base           make twins   SR-BETA and SR, the sequential twins, and `hard`
 # make ablations   PAPO minus each of its ingredients              make curves  assets/curves.png, from what the stages logged
@@ -44,15 +46,29 @@ $(OUT)/eval.json: $(OUT)/stage3/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0 $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 --out $(OUT) $(EVAL)
 	$(eval SHOWN := 1)
 
+check: lint
+	$(PY) -m pytest -q -m "not slow" tests
+
+lint: $(VENV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
 test: $(VENV)
 	$(PY) -m pytest -q tests
+
+# two columns as wide as the code; between them | a changed line, < one of stage 1 alone, > one of stage 3 alone
+WIDTH ?= 224
+LOOP  := /^def main/,/^if __name__/p
+diff: SHELL := bash
+diff:
+	@diff --side-by-side --expand-tabs --width=$(WIDTH) <(sed -n '$(LOOP)' stage1_zero.py) <(sed -n '$(LOOP)' stage3_papo.py) || true
 
 bench: $(VENV)
 	$(PY) tests/bench_engine.py $(if $(DEVICE),--device $(DEVICE)) $(BENCH)
 
 smoke:
 	$(MAKE) --no-print-directory OUT=$(SMOKE) \
-	  STAGE0="--steps 400 --batch-tokens 4096 --micro-batches 2 --hidden-size 64 --layers 2 --muon-lr 8e-3 --valid-share 1 --malformed-share 0 --measure 8" \
+	  STAGE0="--steps 400 --batch-tokens 4096 --micro-batches 2 --hidden-size 64 --layers 2 --muon-lr 8e-3 --valid-share 1 --malformed-share 0" \
 	  STAGE1="--kind sums --steps 2 --prompts 3 --group-size 4 --max-new-tokens 320 --max-rounds 1" \
 	  STAGE2="--kind sums --problems 100 --samples 2 --epochs 20 --batch-tokens 2048 --max-new-tokens 320 --keep-wrong" \
 	  STAGE3="--kind sums --steps 2 --prompts 3 --group-size 4 --max-new-tokens 320" \
@@ -73,7 +89,7 @@ smoke-real: $(VENV)
 
 # OMP_NUM_THREADS=1 make -j2 seeds runs both at once, on one core each
 seeds: $(OUT)/eval.json $(OUT)/seed1/eval.json $(OUT)/seed2/eval.json
-	$(PY) eval.py $(OUT) $(OUT)/seed1 $(OUT)/seed2 --summary
+	$(PY) docs/figures.py summary $(OUT) $(OUT)/seed1 $(OUT)/seed2
 
 $(OUT)/seed1/eval.json $(OUT)/seed2/eval.json: $(OUT)/seed%/eval.json: $(OUT)/stage0/$(DONE)
 	mkdir -p $(@D) && ln -sfn ../stage0 $(@D)/stage0
@@ -100,9 +116,9 @@ $(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --steps 16 $(if $(filter-out papo,$*),--$*) $(if $(filter clip-updates,$*),3)
 
 curves:
-	$(PY) eval.py $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 $(wildcard $(OUT)/seed*/stage[123]) --curves assets/curves.png
+	$(PY) docs/figures.py curves $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 $(wildcard $(OUT)/seed*/stage[123]) --out assets/curves.png
 
 clean:
 	rm -rf out
 
-.PHONY: all test bench smoke smoke-real seeds twins ablations curves clean
+.PHONY: all check lint test diff bench smoke smoke-real seeds twins ablations curves clean

@@ -25,7 +25,8 @@ MODULES = {"stage0": stage0, "stage1": stage1_zero, "stage2": stage2_beta, "stag
 
 
 class EndingEngine(Engine):
-    """Ends a response with probability 1/30 a token, so that random weights give rollouts of many lengths that really stop."""
+    """Ends a response with probability 1/30 a token, so that random weights give rollouts of many
+    lengths that really stop."""
 
     def sample(self, logits):
         logits = logits.clone()
@@ -34,17 +35,21 @@ class EndingEngine(Engine):
         return super().sample(logits)
 
 
+def toss_a_coin(problem, text):
+    """A verdict that the text decides and nothing else: rewards differ, whatever the weights."""
+    return hashlib.sha256(text.encode()).digest()[0] % 2 == 0
+
+
 def run_jobs(rank, world, ports, jobs):
-    """Stages' mains one after another, with a verdict that is a fair coin tossed by the response's text, so that rewards differ whatever the
-    weights.  jobs: (script, argv, step at which to die or None)."""
+    """Stages' mains one after another, as this rank.  jobs: (script, argv, step at which to die or None)."""
     for port, (script, argv, die_at) in zip(ports, jobs):
-        if world > 1:
-            os.environ |= {
-                "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TQDM_DISABLE": "1",
-            }  # fmt: skip
+        if world > 1:  # what torchrun would set
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+            os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world)
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TQDM_DISABLE": "1"}
         with pytest.MonkeyPatch.context() as patch:
-            module, log = MODULES[script], stage0.Run.log
+            module = MODULES[script]
+            log = stage0.Run.log
 
             def dying_log(self, log=log, die_at=die_at, **row):
                 if row["step"] == die_at:
@@ -52,59 +57,76 @@ def run_jobs(rank, world, ports, jobs):
                 log(self, **row)
 
             patch.setattr(stage0.Run, "log", dying_log)
-            patch.setattr(stage0.Problem, "verify", lambda problem, text: hashlib.sha256(text.encode()).digest()[0] % 2 == 0)
+            patch.setattr(stage0.Problem, "verify", toss_a_coin)
             patch.setattr(module, "Engine", EndingEngine, raising=False)
             patch.setattr(module, "format_score", lambda text: 0.0, raising=False)
             patch.setattr(sys, "argv", [script, "--device", "cpu", *argv])
+
+            # a job that was to die leaves its last resume point behind
             try:
                 module.main()
                 assert not die_at
             except stage0.UserError:
-                assert die_at and (Path(argv[-1]) / "resume" / "state.safetensors").is_file()
+                assert die_at and (Path(argv[-1]) / "resume" / "state.pt").is_file()
             if world > 1:
                 torch.distributed.destroy_process_group()
 
 
+SMALL_RL = "--prompts 3 --max-new-tokens 60 --micro-tokens 400 --lr 1e-3"
 JOBS = {
-    "stage1": "--init {p}/plain --steps 3 --prompts 3 --group-size 2 --max-new-tokens 60 --overlong-buffer 30 --max-rounds 3 --micro-tokens 400 --lr 1e-3",
-    "stage3": "--init {p}/tagged --steps 4 --prompts 3 --group-size 8 --max-new-tokens 60 --micro-tokens 400 --lr 1e-3 --gain-factor 5 --save-every 2",
-    "stage3 ablations": "--init {p}/tagged --steps 2 --prompts 3 --group-size 6 --max-new-tokens 60 --micro-tokens 400 --lr 1e-3 --gain-factor 5 --no-schema-filter --group-std",
+    "stage1": f"--init {{p}}/plain --steps 3 --group-size 2 {SMALL_RL} --overlong-buffer 30 --max-rounds 3",
+    "stage3": f"--init {{p}}/tagged --steps 4 --group-size 8 {SMALL_RL} --gain-factor 5 --save-every 2",
+    "stage3 ablations": f"--init {{p}}/tagged --steps 2 --group-size 6 {SMALL_RL} --gain-factor 5"
+    " --no-schema-filter --group-std",
     # AdamW alone: Muon's bf16 iteration turns a rounding of the gradient into 1e-4 of the weights
-    "stage2": "--init {p}/plain --data {p}/data --epochs 2 --batch-tokens 900 --micro-tokens 300 --lr 1e-3 --muon-lr 0",
-    "stage0": "--steps 2 --batch-tokens 1500 --micro-batches 2 --hidden-size 64 --layers 1 --measure 0",
-}  # fmt: skip
+    "stage2": "--init {p}/plain --data {p}/data --epochs 2 --batch-tokens 900 --micro-tokens 300"
+    " --lr 1e-3 --muon-lr 0",
+    "stage0": "--steps 2 --batch-tokens 1500 --micro-batches 2 --hidden-size 64 --layers 1",
+}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, plain_tokenizer, tokenizer):
-    """Every job in one process (this one) and in two ranks; a run killed at step 4 and resumed, in two ranks too."""
+    """Every job in one process (this one) and in two ranks; in two ranks, too, a run that is killed at
+    step 4 and resumed."""
     p = tmp_path_factory.mktemp("ranks")
     stage0.save(random_model(len(plain_tokenizer), std=0.1), plain_tokenizer, p / "plain")
     stage0.save(random_model(len(tokenizer), std=0.1), tokenizer, p / "tagged")
-    rows = [{"problem": f"{i}*{i + 1} total?", "response": RESPONSE.replace("A7", "A" + "7" * (1 + i % 5))} for i in range(20)]
+    rows = []
+    for i in range(20):
+        response = RESPONSE.replace("A7", "A" + "7" * (1 + i % 5))
+        rows.append({"problem": f"{i}*{i + 1} total?", "response": response})
     datasets.Dataset.from_list(rows).save_to_disk(str(p / "data"))
-    jobs = {
-        world: [(name.split()[0], [*flags.format(p=p).split(), "--out", f"{p}/{name}/{world}"], None) for name, flags in JOBS.items()]
-        for world in (1, 2)
-    }
-    _, argv, _ = jobs[2][1]
-    jobs[2] += [("stage3", [*argv[:-1], f"{p}/killed"], 4), ("stage3", [*argv[:-1], f"{p}/killed"], None)]
+
+    jobs = {1: [], 2: []}
+    for world in jobs:
+        for name, flags in JOBS.items():
+            argv = [*flags.format(p=p).split(), "--out", f"{p}/{name}/{world}"]
+            jobs[world].append((name.split()[0], argv, None))
+    killed = [*JOBS["stage3"].format(p=p).split(), "--out", f"{p}/killed"]
+    jobs[2] += [("stage3", killed, 4), ("stage3", killed, None)]
+
     run_jobs(0, 1, [None] * len(JOBS), jobs[1])
-    ports = []
-    for _ in jobs[2]:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            ports.append(s.getsockname()[1])
+    ports = [free_port() for _ in jobs[2]]
     torch.multiprocessing.spawn(run_jobs, (2, ports, jobs[2]), nprocs=2)
     return p
 
 
 def result(folder):
-    return load_file(folder / "model.safetensors"), [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """(weights, rows of the log)"""
+    log = (folder / "log.jsonl").read_text().splitlines()
+    return load_file(folder / "model.safetensors"), [json.loads(line) for line in log]
 
 
 def assert_same(one, two, atol=3e-5, rtol_log=0.0):
-    (weights, log), (others, other_log) = one, two
+    weights, log = one
+    others, other_log = two
     for k in weights:
         torch.testing.assert_close(others[k], weights[k], atol=atol, rtol=0)
     assert len(log) == len(other_log)
@@ -113,29 +135,38 @@ def assert_same(one, two, atol=3e-5, rtol_log=0.0):
             assert other[key] == pytest.approx(row[key], abs=2e-4, rel=rtol_log), (row["step"], key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stage1", "stage3", "stage3 ablations"])
 def test_two_ranks_make_the_updates_of_one_process(runs, name):
-    """Reinforcement learning on 3 prompts, so that the ranks' shares are unequal: rollouts, dynamic sampling, advantages, token counts and
-    every logged number agree, and so do the weights, to 3e-5 after moving by more than 5e-4: Adam divides each gradient by its own size, so
-    where that is small its rounding counts in full (measured: 1.2e-5, in one weight of 1,536)."""
-    one, two = result(runs / name / "1"), result(runs / name / "2")
-    assert_same(one, two)
-    assert all(-1 < row["reward"] < 1 and row["grad_norm"] > 0 for row in one[1])
+    """Reinforcement learning on 3 prompts, so that the ranks' shares are unequal: rollouts, dynamic
+    sampling, advantages, token counts and every logged number agree, and so do the weights, to 3e-5
+    after moving by more than 5e-4: Adam divides each gradient by its own size, so where that is small
+    its rounding counts in full (measured: 1.2e-5, in one weight of 1,536)."""
+    one = result(runs / name / "1")
+    assert_same(one, result(runs / name / "2"))
+    weights, log = one
+    assert all(-1 < row["reward"] < 1 and row["grad_norm"] > 0 for row in log)
+
+    # they agree on something: the weights have moved, and dynamic sampling drew again on both ranks
     start = load_file(runs / ("plain" if name == "stage1" else "tagged") / "model.safetensors")
-    assert max((one[0][k] - start[k]).abs().max().item() for k in start) > 5e-4
+    assert max((weights[k] - start[k]).abs().max().item() for k in start) > 5e-4
     if name == "stage1":
-        assert any(row["groups_sampled"] > 3 for row in one[1])  # dynamic sampling drew again, and both ranks knew
+        assert any(row["groups_sampled"] > 3 for row in log)
 
 
+@pytest.mark.slow
 def test_two_ranks_fine_tune_like_one_process(runs):
     assert_same(result(runs / "stage2" / "1"), result(runs / "stage2" / "2"))
 
 
+@pytest.mark.slow
 def test_two_ranks_pretrain_like_one_process(runs):
-    """The forward is in bf16, whose numbers are 4e-3 apart, and Muon's iteration too, hence the loose tolerances."""
+    """The forward is in bf16, whose numbers are 4e-3 apart, and Muon's iteration too, hence the loose
+    tolerances."""
     assert_same(result(runs / "stage0" / "1"), result(runs / "stage0" / "2"), atol=5e-3, rtol_log=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_killed_on_two_ranks_resumes_on_two_ranks(runs):
     assert_same(result(runs / "stage3" / "1"), result(runs / "killed"))
 
@@ -147,4 +178,5 @@ def test_shares_put_together_are_the_list(monkeypatch):
         for rank in range(world):
             monkeypatch.setattr(stage0, "ranks", lambda rank=rank, world=world: (rank, world))
             parts.append(stage0.my_share(items))
-        assert sum(parts, []) == items and max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert sum(parts, []) == items
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
