@@ -3,9 +3,9 @@
 In : a model (stage0_model.Qwen3), its tokenizer, prompts as token ids.
 Out: Rollouts (ids, layout, log-probabilities).
 
-Everything parallel in this project follows from three integers per token, a function of the ids alone:
+Everything parallel here follows from three integers per token, a function of the ids alone:
 
-    token     ..  g  | <step> 1: </step> | <step> 2: b  c </step> | <takeaway> ..     g = </guideline>
+    token     ..  g  | <step> 1: </step> | <step> 2: b  c </step> | <takeaway> ..   g = </guideline>
     block     0   0  |   1    1    1     |   1    1  1  1    1    |     0      0
     branch    0   0  |   1    1    1     |   2    2  2  2    2    |     0      0
     position  5   6  |   7    8    9     |   7    8  9 10   11    |    12     13
@@ -13,7 +13,7 @@ Everything parallel in this project follows from three integers per token, a fun
 
 A token sees what came before it, except its siblings: tokens of the same block and another branch.
 
-    python engine.py --init out/stage3 "2 12 18 make 28?"        # decode one question, draw the trajectory
+    python engine.py --init out/stage3 "2 12 18 make 28?"     # decode one question and draw it
 
 Read sections 1 to 6 for every idea; section 7 is the same on a GPU, faster.
 """
@@ -80,7 +80,7 @@ class MalformedTrajectory(ValueError):
 
 @dataclass
 class Layout:
-    """block, branch, position of every token: integer arrays (T,), or tensors (B, T) for a padded batch."""
+    """Three integers of every token: arrays (T,), or tensors (B, T) for a padded batch."""
 
     block: np.ndarray  # 0 in the trunk, else the number of the parallel block
     branch: np.ndarray  # 0 in the trunk, else the number of the step in its block
@@ -92,10 +92,11 @@ class Layout:
 def layout(ids, tag_ids, prompt_len=0):
     """The three integers of every token.  O(len(ids)) in time and memory.
 
-    ids: T token ids; tag_ids: {tag: token id}; prompt_len: that many leading tokens are prompt, plain
-    trunk even where they quote tags.  A response cut off anywhere has a layout: an unclosed branch ends
-    where the next `<step>` begins.  Raises MalformedTrajectory at a tag that the grammar does not allow,
-    unless the response (or, inside a block, the branch) was cut off right there.
+    ids: T token ids; tag_ids: {tag: token id}; prompt_len: that many leading tokens are prompt,
+    plain trunk even where they quote tags.  A response cut off anywhere has a layout: an unclosed
+    branch ends where the next `<step>` begins.  Raises MalformedTrajectory at a tag that the
+    grammar does not allow, unless the response (or, inside a block, the branch) was cut off right
+    there.
 
     With g = <guideline>, /g = </guideline>, s, /s, t for step and takeaway:
     ids      [g /g s  x /s s  y  z /s t]
@@ -164,7 +165,7 @@ def visible(layout):
 
 
 def tag_token_ids(tokenizer):
-    """{tag: token id}.  Raises UserError when a tag is not a single token, which stage 2 makes it."""
+    """{tag: token id}.  Raises UserError when a tag is not a single token: stage 2 makes it one."""
     ids = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in TAGS}
     missing = [tag for tag, i in ids.items() if i is None or i == tokenizer.unk_token_id]
     if missing:
@@ -195,9 +196,9 @@ def batches(examples, max_tokens, device="cpu", pad=0, share=(0, 1)):
     """Cut examples into padded batches of at most max_tokens, similar lengths together.
 
     A batch has at least one row.  share: (rank, ranks): only every so-many-th example in order of
-    length, so that all ranks have the same amount to do.  Yields (rows, ids, layout, mask): rows lists
-    indices into `examples`; ids (B, T) int64; layout with (B, T) tensors; mask (B, T) bool, True on
-    response tokens.
+    length, so that all ranks have the same amount to do.  Yields (rows, ids, layout, mask): rows
+    lists indices into `examples`; ids (B, T) int64; layout with (B, T) tensors; mask (B, T) bool,
+    True on response tokens.
     """
     rank, ranks = share
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))[rank::ranks]
@@ -229,8 +230,8 @@ def batches(examples, max_tokens, device="cpu", pad=0, share=(0, 1)):
 def pack(ids, layout):
     """Take the padding out of a batch: its n real tokens one after another, in one row.
 
-    ids (B, T) -> (ids (1, N), layout (1, N), place (n,)), place being where in the B * T each came from.
-    N is a `bucket`; what it has too many are copies of token 0 in a document of their own.
+    ids (B, T) -> (ids (1, N), layout (1, N), place (n,)), place being where in the B * T each came
+    from. N is a `bucket`; what it has too many are copies of token 0 in a document of their own.
 
     ids [[5 6 7] [8 0 0]], lengths [3 1] ->
     ids [[5 6 7 8 5 5 ..]], document [[0 0 0 1 -1 -1 ..]], place [0 1 2 3]
@@ -252,9 +253,9 @@ MAX_LOGITS = 2**25  # largest number of logits that exists at a time: 128 MB in 
 def token_logprobs(model, ids, layout=None):
     """Log-probability of every token given what it sees, and the entropy of what it was drawn from.
 
-    ids (B, T) -> two (B, T) fp32 tensors; entry t is of ids[:, t], column 0 is zero.  A branch's first
-    token follows the last one of its sibling in this order, so its entry means nothing; the engine forces
-    that token, so no loss or sample ever uses it.
+    ids (B, T) -> two (B, T) fp32 tensors; entry t is of ids[:, t], column 0 is zero.  A branch's
+    first token follows the last one of its sibling in this order, so its entry means nothing; the
+    engine forces that token, so no loss or sample ever uses it.
     """
 
     def score(x, target):  # (M, C), (M,) -> (M,), (M,)
@@ -319,7 +320,7 @@ class Token(NamedTuple):
 
 @dataclass
 class Rollout:
-    """One response.  All per-token fields are in sequence order: a block's branches one after another."""
+    """One response.  Fields are in sequence order: a block's branches one after another."""
 
     ids: list  # response token ids, end-of-turn included
     layout: Layout  # of the response alone: positions count from 0
@@ -458,10 +459,10 @@ class Request:
             self.tips.append(len(self.tokens) - 1)
 
     def read_plans(self):
-        """(number of plans, white space after the last, problem or '') of the guideline that just closed.
+        """(plans, white space after the last, problem or '') of the guideline that just closed.
 
-        The tags' order is already known to be right; left to check are the numbers, that no plan is empty,
-        and that nothing stands between plans.
+        The tags' order is already known to be right; left to check are the numbers, that no plan is
+        empty, and that nothing stands between plans.
         """
         # Tags cut the guideline into pieces: outside, plan, outside, plan, .. outside.  By token,
         # as all structure is read: a tag that a plan spells out is mere text.
@@ -482,7 +483,7 @@ class Request:
         return len(plans), between[-1], "text between plans" if "".join(between).strip() else ""
 
     def join(self):
-        """All branches have closed: the trunk goes on behind the longest of them, and sees every one."""
+        """All branches have closed: the trunk goes on behind the longest, and sees every one."""
         if self.used >= self.rules.max_new_tokens:
             self.finish_reason = "length"
             return
@@ -543,9 +544,9 @@ class Stats:
 class Engine:
     """Decode many requests at once, sequentially or in parallel branches, within a fixed KV budget.
 
-    kv_tokens: slots of the KV memory; default a quarter of what is free (CUDA memory, or RAM), at most
-    2^18.  max_rows: most requests decoded together.  kernel: decode with the kernel and captured graphs
-    of section 7; default wherever they run, on CUDA.
+    kv_tokens: slots of the KV memory; default a quarter of what is free (CUDA memory, or RAM), at
+    most 2^18.  max_rows: most requests decoded together.  kernel: decode with the kernel and
+    captured graphs of section 7; default wherever they run, on CUDA.
     """
 
     def __init__(self, model, tokenizer, kv_tokens=None, max_rows=256, kernel=None):
@@ -602,12 +603,13 @@ class Engine:
     ):
         """n responses to every prompt: list (prompts) of lists (n) of Rollout.
 
-        prompts: lists of token ids.  parallel False: tags mean nothing, plain sampling.  max_new_tokens
-        counts every token of every branch, and the forced ones.  temperature 0 is greedy.
-        step_repetition_penalty divides positive (multiplies negative) logits of tokens that the same
-        branch already holds (paper: 1.02).  A response depends on seed, its prompt and its number among
-        the samples of that prompt, and on nothing else in the call.  Raises UserError when a request
-        cannot fit the KV budget, or when the tokenizer lacks the tags in parallel mode.
+        prompts: lists of token ids.  parallel False: tags mean nothing, plain sampling.
+        max_new_tokens counts every token of every branch, and the forced ones.  temperature 0 is
+        greedy. step_repetition_penalty divides positive (multiplies negative) logits of tokens that
+        the same branch already holds (paper: 1.02).  A response depends on seed, its prompt and its
+        number among the samples of that prompt, and on nothing else in the call.  Raises UserError
+        when a request cannot fit the KV budget, or when the tokenizer lacks the tags in parallel
+        mode.
         """
         began = time.time()
         if max_new_tokens < 1:
@@ -667,7 +669,7 @@ class Engine:
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
     def step(self):
-        """Schedule, run, postprocess: one decode step of all that run.  Returns how many finished."""
+        """One decode step of all that run: schedule, run, postprocess.  Returns how many ended."""
         admitted = self.schedule()
         logits = self.run(admitted)  # (M, V), of the tips of all active requests
         self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, self.kv_tokens_in_use)
@@ -686,7 +688,7 @@ class Engine:
         return len(finished)
 
     def vacate(self, request):
-        """Take a request out of its row; the last row fills the gap, so running rows stay side by side."""
+        """Take a request out of its row; the last row fills the gap, so that rows stay adjacent."""
         last = self.active.pop()
         if last is not request:
             capacity = self.runner.capacity
@@ -697,7 +699,7 @@ class Engine:
     # ---- schedule ----
 
     def schedule(self):
-        """Make room for what running rows will feed, and admit waiting requests; returns the admitted."""
+        """Make room for what running rows will feed, admit waiting requests, and return those."""
         memory = self.runner
         budget = memory.kv_tokens
 
@@ -736,7 +738,7 @@ class Engine:
     # ---- run ----
 
     def run(self, admitted):
-        """Feed every token that is not in its KV row yet; logits (M, V) of all tips, in order of `active`."""
+        """Feed all tokens that are not in KV rows yet; logits (M, V) of all tips, as in `active`."""
         if not admitted:  # the usual step: every request is running
             return self.decode(self.active)
 
@@ -800,7 +802,7 @@ class Engine:
         return [int(token) for token in tokens], logprobs
 
     def penalise(self, logits):
-        """Logits (M, V) after the repetition penalty: in a step, on tokens that its branch already holds."""
+        """Logits (M, V) after the repetition penalty: in a step, on tokens its branch holds."""
         logits = logits.float().clone()
         tips = [(r, r.tokens[tip]) for r in self.active for tip in r.tips]
         for m, (request, tip) in enumerate(tips):
@@ -816,8 +818,8 @@ def draw(logits, u, shaped, temperature, top_p, top_k):
     """One token for each row of logits (M, V) -> (2, M) float64: ids, and their log-probabilities.
 
     u (M,): random numbers in [0, 1).  shaped (M, V): the logits after penalties, None for the same.
-    temperature 0: the likeliest token.  The log-probabilities are the model's own, without temperature
-    and truncation: what training will see.
+    temperature 0: the likeliest token.  The log-probabilities are the model's own, without
+    temperature and truncation: what training will see.
     """
     size = max(1, MAX_LOGITS // logits.shape[1])
     if len(logits) > size:  # 1,024 rows of Qwen3's vocabulary would take 3 GB in here
@@ -866,13 +868,13 @@ def ragged(counts):
 
 
 class ModelRunner:
-    """The model and its KV memory: a fixed pool of kv_tokens slots, cut into rows of equal capacity.
+    """The model and its KV memory: a pool of kv_tokens slots, cut into rows of equal capacity.
 
-    The cut moves when a row needs more.  Two arrangements were considered: rows (this one) and pages of
-    32 slots with a table per request.  Rows let attention read memory as it lies.  Pages waste less, but
-    a CPU has to gather them in every layer of every step: measured on one thread, tiny model, 64 rows of
-    320 slots, attention takes 0.42 ms on rows and the gather alone 1.03 ms.  Rows pay with padding up to
-    the longest request.
+    The cut moves when a row needs more.  Two arrangements were considered: rows (this one) and
+    pages of 32 slots with a table per request.  Rows let attention read memory as it lies.  Pages
+    waste less, but a CPU has to gather them in every layer of every step: measured on one thread,
+    tiny model, 64 rows of 320 slots, attention takes 0.42 ms on rows and the gather alone 1.03 ms.
+    Rows pay with padding up to the longest request.
     """
 
     def __init__(self, model, kv_tokens):
@@ -901,22 +903,23 @@ class ModelRunner:
         self.capacity = capacity
 
     def recut(self, rows, capacity, used):
-        """Cut anew and move the rows in use, used[r] slots of row r; when rows grow, the last moves first."""
+        """Cut anew and move used[r] slots of each row; when rows grow, the last moves first."""
         before = self.capacity
         self.cut(rows, capacity)
         for r in sorted(range(len(used)), reverse=capacity > before):
             self.move(r * before, r * capacity, used[r])
 
     def move(self, source, target, n):
-        """Copy n slots, to share a prompt, to close a gap, or to cut anew; the spans may overlap."""
+        """Copy n slots, to share a prompt, close a gap, or cut anew; the spans may overlap."""
         for store in (self.pool, self.block[None], self.branch[None]):
             store[:, target : target + n] = store[:, source : source + n].clone()
         self.moved_bytes += n * self.pool[:, 0].nbytes
 
     def attend(self, layer, q, k, v):
-        """What every layer calls: store k, v (B, T, H_kv, D), attend with q (B, T, H, D) -> (B, T, H, D).
+        """Every layer's call: store k, v (B, T, H_kv, D), attend with q (B, T, H, D) -> q's shape.
 
-        A forward pass is prepared first: `index`, the slots where its tokens go, and what it looks at.
+        A forward pass is prepared first: `index`, the slots where its tokens go, and what it looks
+        at.
         """
         new = torch.cat([k, v], dim=2).flatten(0, 1)  # (B*T, 2 H_kv, D)
         if self.real is not None:  # prefill: nothing earlier lies in these rows
@@ -926,7 +929,7 @@ class ModelRunner:
         return self.look(layer, q)
 
     def prefill(self, requests):
-        """Feed whole requests into their empty rows, padded to one batch; their tips' logits, (M, V) each."""
+        """Feed whole requests into empty rows, as one padded batch; their tips' logits, (M, V) each."""
         device = self.model.device
         length = max(len(r.tokens) for r in requests)
         # With branches FlexAttention is compiled for every length, so let the lengths be few.
@@ -976,9 +979,9 @@ class ModelRunner:
     def feed(self, packed, tips, rows, length, count):
         """The device's part of `decode`.
 
-        packed (7, N): id, block, branch, position, row, slot in the row, place among the row's new tokens;
-        tips: indices of M of them; rows, length, count (R,): rows, their slots in use after this step, and
-        their new tokens.
+        packed (7, N): id, block, branch, position, row, slot in the row, place among the row's new
+        tokens; tips: indices of M of them; rows, length, count (R,): rows, their slots in use after
+        this step, and their new tokens.
         """
         R = rows[-1] + 1
         Q = count.max()
@@ -1017,8 +1020,8 @@ class ModelRunner:
             if place is not None:
                 q = q.new_zeros(R * Q, H, D).index_copy_(0, place, q[0])
 
-            # Query heads that share a key/value head become further queries of it, so keys and values
-            # are read once for all of them.  With one new token a row that is a matter of views.
+            # Query heads that share a key/value head become further queries of it, so keys and
+            # values are read once for all of them.  With one new token a row by mere views.
             if Q == 1 and place is None:
                 q = q.reshape(R, -1, self.repeat, D)  # (R, H_kv, repeat, D)
                 return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).reshape(1, R, H, D)
@@ -1042,7 +1045,7 @@ class ModelRunner:
 
 
 def render(tokenizer, rollout, width):
-    """A rollout as lines at most `width` wide: the trunk across, a block's branches side by side."""
+    """A rollout as lines of at most `width`: the trunk across, a block's branches side by side."""
     lines = []
     columns = []  # of the block being drawn
     places = list(zip(rollout.layout.block.tolist(), rollout.layout.branch.tolist()))
@@ -1132,10 +1135,10 @@ SPLIT_SLOTS = 64  # splits are multiples of so many slots
 def make_splits(start, length, count, most, target, slots=SPLIT_SLOTS):
     """Cut what a decode step has to look at into splits.  All arrays (R,), int64.
 
-    start, length: a row's first slot, and how many of its slots are in use; count: its new tokens, in
-    tiles of at most `most`; target: how many splits the slots of all rows together should give (each
-    tile's last split comes on top).  Returns splits (W, 5): start, begin, end, first token, tokens; and
-    of_token (2, N): a token's first split, and its number of splits.
+    start, length: a row's first slot, and how many of its slots are in use; count: its new tokens,
+    in tiles of at most `most`; target: how many splits the slots of all rows together should give
+    (each tile's last split comes on top).  Returns splits (W, 5): start, begin, end, first token,
+    tokens; and of_token (2, N): a token's first split, and its number of splits.
 
     start [0 9], length [5 3], count [2 1], most 8, target 2, slots 4 ->
     splits [[0 0 4 0 2] [0 4 5 0 2] [9 0 3 2 1]], of_token [[0 0 2] [2 2 1]]
@@ -1179,7 +1182,7 @@ if triton is not None:
         M: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
-        """Softmax attention of one tile's queries over one split of one key/value head, and its log-sum-exp.
+        """Softmax attention of a tile's queries over one split of one KV head, and its log-sum-exp.
 
         All in base 2, because exp2 is what the hardware has.
         """
@@ -1249,7 +1252,7 @@ if triton is not None:
         M: tl.constexpr,
         AT_ONCE: tl.constexpr,
     ):
-        """Average the splits of one token and query head, weighted by 2^lse: online softmax again."""
+        """Average a token's and query head's splits, weighted by 2^lse: online softmax again."""
         token, head = tl.program_id(0), tl.program_id(1)
         first, count = tl.load(first_split + token), tl.load(num_splits + token)
         if count == 0:
@@ -1292,9 +1295,9 @@ def split_kv_attention(
     """Attention of new tokens over their KV rows, cut by `make_splits` with most = M // (H / H_kv).
 
     q (N, H, D); kv (slots, 2 H_kv, D), keys and values of one layer; slot, block, branch (N,): each
-    token's place in its row, and its integers; slot_block, slot_branch (slots,); splits (W, 5), one of 0
-    tokens is idle; first_split, num_splits (N,), a token of 0 splits is idle and its result undefined;
-    M query rows of a tile.  Returns (N, H, D).
+    token's place in its row, and its integers; slot_block, slot_branch (slots,); splits (W, 5), one
+    of 0 tokens is idle; first_split, num_splits (N,), a token of 0 splits is idle and its result
+    undefined; M query rows of a tile.  Returns (N, H, D).
     """
     N, H, D = q.shape
     W = len(splits)
@@ -1314,10 +1317,11 @@ def split_kv_attention(
 
 
 class CudaGraphs:
-    """Runs functions on buffers that stay where they are, so that each is captured once per key and replayed.
+    """Runs functions on buffers that stay in place, so that each is captured once and replayed.
 
-    One launch instead of a thousand.  What a function computes must not depend on anything but the key,
-    the buffers, and memory that is changed in place (weights, KV pool).  On a CPU it is simply run.
+    One launch instead of a thousand.  What a function computes must not depend on anything but the
+    key, the buffers, and memory that is changed in place (weights, KV pool).  On a CPU it is simply
+    run.
     """
 
     def __init__(self, device):
@@ -1374,7 +1378,7 @@ MAX_CAPTURED = 1024  # tokens of a step: with more of them the GPU is busy for l
 
 
 class CudaRunner(ModelRunner):
-    """The same steps by the kernel, in buffers of a few sizes, so that captured graphs can do them."""
+    """The same steps by the kernel, in buffers of a few sizes, so that graphs can do them."""
 
     def __init__(self, model, kv_tokens):
         super().__init__(model, kv_tokens)
@@ -1412,9 +1416,12 @@ class CudaRunner(ModelRunner):
             splits = buffer[9 * N :].view(-1, 5)
             seen = (slot, block, branch, self.block, self.branch, splits, first_split, num_splits, M)
 
+            def look(layer, q):
+                return split_kv_attention(q[0], self.pool[layer], *seen)[None]
+
             # Around the kernel every layer runs compiled.
             self.real = None
-            self.look = lambda layer, q: split_kv_attention(q[0], self.pool[layer], *seen)[None]
+            self.look = look
             self.compiled = True
             x = self.model.hidden(ids[None], Layout(block, branch, position), self)[0]  # (N, C)
             return self.model.logits(x[tips])  # (N, V), the first len(tips) of them wanted

@@ -67,11 +67,11 @@ class Response:
 
 
 def read_elements(text):
-    """The top-level elements of a response in order, as (name, [contents]), and what is wrong with them.
+    """A response's top-level elements, (name, [contents]) each, and what is wrong with them.
 
-    A guideline's contents are its plans, any other element has one.  Also returns the text at the end.
-    '<guideline><plan>1:A</plan></guideline><step>1:x</step> y' ->
-    [('guideline', ['1:A']), ('step', ['1:x'])], set(), ' y'
+    A guideline's contents are its plans, any other element has one.  Also returns the text at the
+    end. '<guideline><plan>1:A</plan></guideline><step>1:x</step> y' -> [('guideline', ['1:A']),
+    ('step', ['1:x'])], set(), ' y'
     """
     pieces = ANY_TAG.split(text)  # piece 0, tag 0, piece 1, tag 1, .. piece n
     tags = ANY_TAG.findall(text)
@@ -198,9 +198,10 @@ def dapo_advantages(rewards, group_ids, eps=1e-6):
 def dapo_loss(logprobs, old_logprobs, advantages, mask, eps_low=0.2, eps_high=0.28, num_tokens=None):
     """Clipped surrogate, averaged over tokens (DAPO eq. 8).
 
-    logprobs, old_logprobs, mask (N, T), advantages (N,) -> scalar.  num_tokens: what the sum is divided
-    by; a micro-batch gives the token count of its whole batch, the default is its own.
-    A = +1: a ratio of 1.5 counts as 1.28 and has no gradient.  A = -1: one of 0.5 counts as 0.8, likewise.
+    logprobs, old_logprobs, mask (N, T), advantages (N,) -> scalar.  num_tokens: what the sum is
+    divided by; a micro-batch gives the token count of its whole batch, the default is its own. A =
+    +1: a ratio of 1.5 counts as 1.28 and has no gradient.  A = -1: one of 0.5 counts as 0.8,
+    likewise.
     """
     ratio = (logprobs - old_logprobs).exp()  # (N, T)
     A = advantages[:, None]  # (N, 1)
@@ -209,7 +210,7 @@ def dapo_loss(logprobs, old_logprobs, advantages, mask, eps_low=0.2, eps_high=0.
 
 
 def objective(batch, group_ids, args):
-    """What a batch of Judged is optimised for: advantages (N,), which tokens are actions, and the loss."""
+    """What a batch of Judged is optimised for: advantages (N,), which tokens act, and the loss."""
     advantages = dapo_advantages([j.reward + j.penalty for j in batch], group_ids)
     actions = [[True] * len(j.rollout.ids) for j in batch]  # sequentially every token is sampled
 
@@ -258,8 +259,9 @@ def judge(problem, prompt, rollout, tokenizer, args):
 def sample_groups(engine, data, format_prompt, step, args):
     """Groups to learn from, lists of G Judged, and all that were sampled on the way (as one list).
 
-    Dynamic sampling (DAPO section 3.2): rounds of rollouts until enough groups have something to tell
-    apart, at most --max-rounds.  Every rank decodes its share of the questions and gets all groups.
+    Dynamic sampling (DAPO section 3.2): rounds of rollouts until enough groups have something to
+    tell apart, at most --max-rounds.  Every rank decodes its share of the questions and gets all
+    groups.
     """
     groups = []
     judged = []

@@ -43,9 +43,9 @@ from stage1_zero import Judged, dapo_advantages, dapo_loss, format_score
 def papo_advantages(rewards, group_ids, eps=1e-6):
     """A_i = (R_i - mean_G) / (std_batch + eps), population std over all rewards.
 
-    A group that is nearly solved has a small spread of its own; dividing by it would blow up its one
-    failure.  The batch's does not.  rewards (N,), group_ids (N,) -> (N,).
-    rewards [1, 1, 1, -1], groups [0, 0, 1, 1] -> means 1 and 0, std 0.866 -> [0, 0, 1.15, -1.15]
+    A group that is nearly solved has a small spread of its own; dividing by it would blow up its
+    one failure.  The batch's does not.  rewards (N,), group_ids (N,) -> (N,). rewards [1, 1, 1,
+    -1], groups [0, 0, 1, 1] -> means 1 and 0, std 0.866 -> [0, 0, 1.15, -1.15]
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     group_ids = torch.as_tensor(group_ids)
@@ -60,15 +60,15 @@ def papo_loss(logprobs, advantages, mask, num_tokens=None):
     """-(1 / num_tokens) sum of [pi / stopgrad(pi)] A over masked tokens.
 
     The ratio's value is 1 and its gradient is that of log pi: REINFORCE with a group baseline.
-    logprobs, mask (N, T), advantages (N,) -> scalar.  num_tokens: what the sum is divided by, by default
-    the tokens of this mask; a micro-batch gives the token count of its whole batch.
+    logprobs, mask (N, T), advantages (N,) -> scalar.  num_tokens: what the sum is divided by, by
+    default the tokens of this mask; a micro-batch gives the token count of its whole batch.
     """
     ratio = (logprobs - logprobs.detach()).exp()  # (N, T), all ones
     return -(ratio * advantages[:, None] * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
 
 
 def objective(batch, group_ids, args):
-    """What a batch of Judged is optimised for: advantages (N,), which tokens are actions, and the loss.
+    """What a batch of Judged is optimised for: advantages (N,), which tokens act, and the loss.
 
     PAPO, or the ablation that a flag asks for.
     """
@@ -92,7 +92,7 @@ def objective(batch, group_ids, args):
 
 
 def judge(problem, prompt, rollout, tokenizer):
-    """R = +1 for a right answer in a perfect format, else -1; the schema filter drops what is not valid."""
+    """R = +1 for a right answer, else -1; what is not valid scores -1 and may be dropped."""
     text = response_text(tokenizer, rollout.ids)
     valid = rollout.finish_reason == "stop" and format_score(text) == 0
     right = problem.verify(text)
@@ -177,8 +177,8 @@ def main():
     args = parse_args()
     if args.count_forced and args.clip_updates:
         raise UserError(
-            "--count-forced with --clip-updates: a forced token was not sampled, so it has no old probability; "
-            "give one of them"
+            "--count-forced with --clip-updates: a forced token was not sampled, so it has no old "
+            "probability; give one of them"
         )
     device = pick_device(args.device)
     # Larger micro-batches outgrow a CPU's caches (measured: 2.4x slower), smaller ones starve a
@@ -274,7 +274,7 @@ def main():
             # most plans of a block: how wide the policy thinks
             "plans": fmean(j.rollout.max_branches for j in judged),
             "entropy": sum(entropies),
-            "logprob_gap": max(gaps),
+            "logprob_gap": max(gaps),  # rollout against training forward
             "grad_norm": norm,
             "used": sum(map(len, groups)),
             "sampled": len(judged),

@@ -39,22 +39,57 @@ from transformers import GenerationConfig, Qwen3ForCausalLM, StoppingCriteria, S
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import random  # noqa: E402
+import random
 
-import engine as engine_module  # noqa: E402
-import stage0_model as stage0  # noqa: E402
-from engine import Engine, Example, batches, layout, tag_token_ids, token_logprobs  # noqa: E402
-from stage0_model import Qwen3, Qwen3Config, corpus_document, pick_device, train_tokenizer  # noqa: E402
-from stage2_beta import add_tag_tokens  # noqa: E402
+import engine as engine_module
+import stage0_model as stage0
+from engine import Engine, Example, batches, layout, tag_token_ids, token_logprobs
+from stage0_model import Qwen3, Qwen3Config, corpus_document, pick_device, train_tokenizer
+from stage2_beta import add_tag_tokens
 
 SIZES = {
-    "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32),
-    "25M": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64),
-    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128),
-    "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128),
+    "tiny": dict(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    ),
+    "25M": dict(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    ),
+    "0.6B": dict(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "4B": dict(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
 }
 VOCABULARY = {"tiny": 400, "25M": 4096, "0.6B": 151_936, "4B": 151_936}
-CASES = ("sequential", "branches", "batch", "generate", "rollout", "sft")  # on a GPU; the last one fills its memory
+CASES = (
+    "sequential",
+    "branches",
+    "batch",
+    "generate",
+    "rollout",
+    "sft",
+)  # on a GPU; the last one fills its memory
 
 
 class BenchEngine(Engine):
@@ -78,10 +113,18 @@ class BenchEngine(Engine):
         if tip.block:
             if not hasattr(request, "fork_at"):
                 request.fork_at = tip.position  # of the branches' last forced token
-            return request.rules.tag_ids["</step>"] if tip.position - request.fork_at >= self.branch_length else 60 + token % 100
+            return (
+                request.rules.tag_ids["</step>"]
+                if tip.position - request.fork_at >= self.branch_length
+                else 60 + token % 100
+            )
         if request.used < len(self.guideline):
             return self.guideline[request.used]
-        return self.end if request.tokens[-1].id == request.rules.tag_ids["</takeaway>"] else request.rules.tag_ids["</takeaway>"]
+        return (
+            self.end
+            if request.tokens[-1].id == request.rules.tag_ids["</takeaway>"]
+            else request.rules.tag_ids["</takeaway>"]
+        )
 
 
 class StopAt(StoppingCriteria):
@@ -103,7 +146,9 @@ def continuous_batching(hf):
 
         manager = copy.deepcopy(hf).init_continuous_batching(
             generation_config=GenerationConfig(do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0),
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=512, max_batch_tokens=4096, use_async_batching=False),
+            continuous_batching_config=ContinuousBatchingConfig(
+                num_blocks=512, max_batch_tokens=4096, use_async_batching=False
+            ),
         )
         manager.start()
 
@@ -146,7 +191,13 @@ def interleaved(sides, repeats, device):
 
 
 def line(*cells):
-    print("  ".join(str(c).ljust(w) if i < 3 else str(c).rjust(w) for i, (c, w) in enumerate(zip(cells, (6, 20, 22, 10, 9, 10, 9, 8)))), flush=True)
+    print(
+        "  ".join(
+            str(c).ljust(w) if i < 3 else str(c).rjust(w)
+            for i, (c, w) in enumerate(zip(cells, (6, 20, 22, 10, 9, 10, 9, 8)))
+        ),
+        flush=True,
+    )
 
 
 def sequential_cases(size, model, hf, tokenizer, args, device):
@@ -154,7 +205,11 @@ def sequential_cases(size, model, hf, tokenizer, args, device):
     for batch in args.batches:
         for mix in ("equal", "uneven") if batch > 1 else ("equal",):
             rng = np.random.default_rng(batch)
-            lengths = [96] * batch if mix == "equal" else (16 + 240 * rng.beta(0.8, 2.0, batch)).astype(int).tolist()
+            lengths = (
+                [96] * batch
+                if mix == "equal"
+                else (16 + 240 * rng.beta(0.8, 2.0, batch)).astype(int).tolist()
+            )
             prompts = [[int(x) for x in rng.integers(60, 160, 32)] for _ in range(batch)]
             total, ids = sum(lengths), torch.tensor(prompts, device=device)
             engine = BenchEngine(model, tokenizer)
@@ -183,7 +238,16 @@ def sequential_cases(size, model, hf, tokenizer, args, device):
             ):  # fmt: skip
                 if s := seconds.get(name):
                     what = f"{name}, sequential" if name == "engine" else name
-                    line(size, case, what, f"{total / s:.0f}", f"{1e3 * s / n:.2f}", f"{s:.3f}", kv, f"{seconds['generate'] / s:.2f}x")
+                    line(
+                        size,
+                        case,
+                        what,
+                        f"{total / s:.0f}",
+                        f"{1e3 * s / n:.2f}",
+                        f"{s:.3f}",
+                        kv,
+                        f"{seconds['generate'] / s:.2f}x",
+                    )
     if continuous:
         stop_continuous()
 
@@ -193,7 +257,9 @@ def parallel_cases(size, model, tokenizer, args, device):
         rng = np.random.default_rng(k)
         prompts = [[int(x) for x in rng.integers(60, 160, 32)] for _ in range(batch)]
         engine = BenchEngine(model, tokenizer)
-        engine.guideline = tokenizer.encode("<guideline>" + "".join(f"<plan>{i}:a</plan>" for i in range(1, k + 1)) + "</guideline>")
+        engine.guideline = tokenizer.encode(
+            "<guideline>" + "".join(f"<plan>{i}:a</plan>" for i in range(1, k + 1)) + "</guideline>"
+        )
         engine.branch_length, engine.end, found = 100, tokenizer.eos_token_id, {}
 
         def parallel():
@@ -215,8 +281,19 @@ def parallel_cases(size, model, tokenizer, args, device):
         for name, steps, peak in (("sequential", "seq steps", "seq peak"), ("parallel", "steps", "peak")):
             s = seconds[name]
             gain = f"{seconds['sequential'] / s:.2f}x"
-            line(size, case, f"engine, {name}", f"{batch * tokens / s:.0f}", f"{1e3 * s / found[steps]:.2f}", f"{s:.3f}", found[peak], gain)
-        print(f"{'':8}{tokens} tokens each on a critical path of {path}, in {found['steps']} steps; KV bytes moved: {engine.runner.moved_bytes}")
+            line(
+                size,
+                case,
+                f"engine, {name}",
+                f"{batch * tokens / s:.0f}",
+                f"{1e3 * s / found[steps]:.2f}",
+                f"{s:.3f}",
+                found[peak],
+                gain,
+            )
+        print(
+            f"{'':8}{tokens} tokens each on a critical path of {path}, in {found['steps']} steps; KV bytes moved: {engine.runner.moved_bytes}"
+        )
 
 
 # ======================================================================================================================
@@ -240,13 +317,28 @@ def copy_bandwidth(device):
 class Report:
     """Rows as they come, all of them as JSON after each (a run that is cut off loses nothing), and a table at the end."""
 
-    COLUMNS = ("model", "case", "decoder", "tokens/s", "ms/step", "bound ms", "% of bound", "answer s", "ratio")
+    COLUMNS = (
+        "model",
+        "case",
+        "decoder",
+        "tokens/s",
+        "ms/step",
+        "bound ms",
+        "% of bound",
+        "answer s",
+        "ratio",
+    )
     WIDTHS = (6, 28, 22, 9, 8, 8, 10, 9, 7)
 
     def __init__(self, file, bandwidth, device, stop_at):
         self.file, self.bandwidth, self.rows, self.stop_at = file, bandwidth, [], stop_at
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        self.head = dict(device=name, torch=torch.__version__, transformers=transformers.__version__, copy_bytes_per_second=bandwidth)
+        self.head = dict(
+            device=name,
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            copy_bytes_per_second=bandwidth,
+        )
 
     def add(self, model, case, decoder, **values):
         self.rows.append(dict(model=model, case=case, decoder=decoder, **values))
@@ -257,16 +349,43 @@ class Report:
     def decoded(self, model, case, decoder, tokens, steps, whole, prefill, bytes_per_step, ratio_to=None):
         """A decoding run: tokens and steps after the prefill, seconds of the whole call and of one that ends after the first token."""
         seconds, bound = max(1e-9, whole - prefill), bytes_per_step / self.bandwidth
-        row = {"tokens/s": tokens / seconds, "ms/step": 1e3 * seconds / steps, "bound ms": 1e3 * bound, "% of bound": 100 * bound * steps / seconds}
-        row |= {"answer s": whole, "steps": steps, "tokens": tokens, "prefill s": prefill, "bytes per step": bytes_per_step}
-        return self.add(model, case, decoder, **row, ratio=row["tokens/s"] / ratio_to["tokens/s"] if ratio_to else None)
+        row = {
+            "tokens/s": tokens / seconds,
+            "ms/step": 1e3 * seconds / steps,
+            "bound ms": 1e3 * bound,
+            "% of bound": 100 * bound * steps / seconds,
+        }
+        row |= {
+            "answer s": whole,
+            "steps": steps,
+            "tokens": tokens,
+            "prefill s": prefill,
+            "bytes per step": bytes_per_step,
+        }
+        return self.add(
+            model, case, decoder, **row, ratio=row["tokens/s"] / ratio_to["tokens/s"] if ratio_to else None
+        )
 
     def print(self, row):
-        cells = [f"{row[c]:.4g}" if isinstance(row.get(c), float) else str(row[c]) if row.get(c) is not None else "-" for c in self.COLUMNS]
-        print("  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, self.WIDTHS))), flush=True)
+        cells = [
+            f"{row[c]:.4g}"
+            if isinstance(row.get(c), float)
+            else str(row[c])
+            if row.get(c) is not None
+            else "-"
+            for c in self.COLUMNS
+        ]
+        print(
+            "  ".join(
+                c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, self.WIDTHS))
+            ),
+            flush=True,
+        )
 
     def table(self):
-        print(f"\n{self.head['device']}, torch {self.head['torch']}, a copy moves {self.bandwidth / 1e12:.2f} TB/s; all numbers in {self.file}")
+        print(
+            f"\n{self.head['device']}, torch {self.head['torch']}, a copy moves {self.bandwidth / 1e12:.2f} TB/s; all numbers in {self.file}"
+        )
         self.print(dict(zip(self.COLUMNS, self.COLUMNS)))
         for row in self.rows:
             self.print(row)
@@ -282,14 +401,32 @@ def weight_bytes(model):
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def decode_row(report, size, case, model, tokenizer, prompts, args, branches=0, lengths=(), samples=1, ratio_to=None, repeats=None):
+def decode_row(
+    report,
+    size,
+    case,
+    model,
+    tokenizer,
+    prompts,
+    args,
+    branches=0,
+    lengths=(),
+    samples=1,
+    ratio_to=None,
+    repeats=None,
+):
     """Decode so many samples of the prompts, in branches or sequentially to the lengths given, and report it."""
     device, rows = model.device, min(256, len(prompts) * samples)
     budget = max(lengths, default=40 + branches * (args.branch_length + 20))
     engine = BenchEngine(model, tokenizer, kv_tokens=rows * (max(map(len, prompts)) + budget))
     engine.end, engine.branch_length, engine.lengths = tokenizer.eos_token_id, args.branch_length, lengths
-    engine.guideline = tokenizer.encode("<guideline>" + "".join(f"<plan>{i}:a</plan>" for i in range(1, branches + 1)) + "</guideline>")
-    generate = lambda limit: engine.generate(prompts, n=samples, parallel=branches > 0, max_new_tokens=limit)  # noqa: E731
+    engine.guideline = tokenizer.encode(
+        "<guideline>" + "".join(f"<plan>{i}:a</plan>" for i in range(1, branches + 1)) + "</guideline>"
+    )
+
+    def generate(limit):
+        return engine.generate(prompts, n=samples, parallel=branches > 0, max_new_tokens=limit)
+
     generate(budget)  # compiles kernels and captures the graphs of every size that comes up
     wholes, prefills = [], []
     for _ in range(repeats or args.repeats):
@@ -300,10 +437,22 @@ def decode_row(report, size, case, model, tokenizer, prompts, args, branches=0, 
     rollouts = [r for rs in found for r in rs]
     decoded, steps = sum(len(r.ids) - 1 for r in rollouts), engine.stats.decode_steps
     # mean over the steps of the tokens that lie in the rows: of each running request the prompt, and on average half of the response
-    in_rows = sum(r.critical_path * (len(p) + len(r.ids) / 2) for p, rs in zip(prompts, found) for r in rs) / steps
+    in_rows = (
+        sum(r.critical_path * (len(p) + len(r.ids) / 2) for p, rs in zip(prompts, found) for r in rs) / steps
+    )
     must_move = weight_bytes(model) + in_rows * engine.runner.pool[:, 0].nbytes
     decoder = f"engine, {branches} branches" if branches else "engine, sequential"
-    return report.decoded(size, case, decoder, decoded, steps, statistics.median(wholes), statistics.median(prefills), must_move, ratio_to)
+    return report.decoded(
+        size,
+        case,
+        decoder,
+        decoded,
+        steps,
+        statistics.median(wholes),
+        statistics.median(prefills),
+        must_move,
+        ratio_to,
+    )
 
 
 def random_ids(rng, n):
@@ -326,9 +475,14 @@ def batch_1_cases(report, size, model, tokenizer, args, device):
 
 def batch_32_cases(report, size, model, tokenizer, args, device):
     rng, batch = np.random.default_rng(1), args.batch
-    prompts, case = [random_ids(rng, min(args.contexts)) for _ in range(batch)], f"batch {batch}, context {min(args.contexts)}"
+    prompts, case = (
+        [random_ids(rng, min(args.contexts)) for _ in range(batch)],
+        f"batch {batch}, context {min(args.contexts)}",
+    )
     if not report.out_of_time(case):
-        alone = decode_row(report, size, case, model, tokenizer, prompts, args, lengths=[args.branch_length] * batch)
+        alone = decode_row(
+            report, size, case, model, tokenizer, prompts, args, lengths=[args.branch_length] * batch
+        )
         decode_row(report, size, case, model, tokenizer, prompts, args, branches=6, ratio_to=alone)
 
 
@@ -362,15 +516,24 @@ def generate_cases(report, size, model, tokenizer, args, device):
             try:
                 for _ in range(2):
                     generate(n)
-                prefill = statistics.median(timed(lambda: generate(1), device)[0] for _ in range(args.repeats))
+                prefill = statistics.median(
+                    timed(lambda: generate(1), device)[0] for _ in range(args.repeats)
+                )
                 whole = statistics.median(timed(lambda: generate(n), device)[0] for _ in range(args.repeats))
             except Exception as error:  # another version of transformers
                 report.add(size, case, f"generate, {cache}", error=f"{type(error).__name__}: {error}"[:300])
                 continue
             c = hf.config
-            must_move = weight_bytes(hf) + 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (context + n / 2) * hf.dtype.itemsize
+            must_move = (
+                weight_bytes(hf)
+                + 2
+                * c.num_hidden_layers
+                * c.num_key_value_heads
+                * c.head_dim
+                * (context + n / 2)
+                * hf.dtype.itemsize
+            )
             report.decoded(size, case, f"generate, {cache}", n - 1, n - 1, whole, prefill, must_move)
-    del hf
 
 
 def sft_cases(report, size, model, tokenizer, args, device):
@@ -385,15 +548,27 @@ def sft_cases(report, size, model, tokenizer, args, device):
             each = max(4, (total // 8 - 40) // 12)  # three blocks of four steps
             ids = []
             for _ in range(3):
-                ids += tokenizer.encode("<guideline>" + "".join(f"<plan>{i}:a</plan>" for i in range(1, 5)) + "</guideline>")
-                ids += [x for _ in range(4) for x in (t["<step>"], *random_ids(rng, each), t["</step>"])] + [t["<takeaway>"], 60, t["</takeaway>"]]
+                ids += tokenizer.encode(
+                    "<guideline>" + "".join(f"<plan>{i}:a</plan>" for i in range(1, 5)) + "</guideline>"
+                )
+                ids += [x for _ in range(4) for x in (t["<step>"], *random_ids(rng, each), t["</step>"])] + [
+                    t["<takeaway>"],
+                    60,
+                    t["</takeaway>"],
+                ]
             examples.append(Example(random_ids(rng, 16), ids, layout(ids, t)))
         tokens = sum(len(s.prompt) + len(s.ids) for s in examples)
 
         def step(max_tokens, flex):
             def run():
                 for _, ids, batch_layout, mask in batches(examples, max_tokens, device):
-                    batch_layout = batch_layout if flex else engine_module.Layout(batch_layout.block, batch_layout.branch, batch_layout.position)
+                    batch_layout = (
+                        batch_layout
+                        if flex
+                        else engine_module.Layout(
+                            batch_layout.block, batch_layout.branch, batch_layout.position
+                        )
+                    )
                     (-token_logprobs(model, ids, batch_layout)[0][mask].sum() / tokens).backward()
                 stage0.update(model, optimizers)
 
@@ -408,15 +583,27 @@ def sft_cases(report, size, model, tokenizer, args, device):
                 step(max_tokens, flex)()
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                seconds[name] = statistics.median(timed(step(max_tokens, flex), device)[0] for _ in range(args.repeats))
+                seconds[name] = statistics.median(
+                    timed(step(max_tokens, flex), device)[0] for _ in range(args.repeats)
+                )
                 peak[name] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             except torch.OutOfMemoryError as error:
                 report.add(size, f"SFT, {total} tokens", name, error=str(error)[:300])
                 continue
             finally:
                 stage0.uses_flex = engine_module.uses_flex = here
-            values = {"tokens/s": tokens / seconds[name], "ms/step": 1e3 * seconds[name], "peak bytes": peak[name]}
-            report.add(size, f"SFT, {total} tokens", name, **values, ratio=seconds.get("dense mask, one by one", float("nan")) / seconds[name])
+            values = {
+                "tokens/s": tokens / seconds[name],
+                "ms/step": 1e3 * seconds[name],
+                "peak bytes": peak[name],
+            }
+            report.add(
+                size,
+                f"SFT, {total} tokens",
+                name,
+                **values,
+                ratio=seconds.get("dense mask, one by one", float("nan")) / seconds[name],
+            )
 
 
 def model_dtype(device):
@@ -435,7 +622,14 @@ def on_a_gpu(args, tokenizer, device):
     for size in args.sizes:
         torch.manual_seed(0)
         with torch.device(device):
-            model = Qwen3(Qwen3Config(**SIZES[size], vocab_size=VOCABULARY[size], rope_theta=1e6, eos_token_id=tokenizer.eos_token_id))
+            model = Qwen3(
+                Qwen3Config(
+                    **SIZES[size],
+                    vocab_size=VOCABULARY[size],
+                    rope_theta=1e6,
+                    eos_token_id=tokenizer.eos_token_id,
+                )
+            )
         model.to(model_dtype(device))
         add_tag_tokens(model, tokenizer)
         for run in dict.fromkeys(cases[case] for case in args.cases):
@@ -446,20 +640,39 @@ def on_a_gpu(args, tokenizer, device):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--repeats", type=int, help="timed runs of each side, after a warm-up, of which the median counts; default 5, on a GPU 3")
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument(
+        "--repeats",
+        type=int,
+        help="timed runs of each side, after a warm-up, of which the median counts; default 5, on a GPU 3",
+    )
     p.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256], help="requests at once")
-    p.add_argument("--sizes", nargs="+", choices=SIZES, help="models; default tiny and 25M, on a GPU 4B and 0.6B")
+    p.add_argument(
+        "--sizes", nargs="+", choices=SIZES, help="models; default tiny and 25M, on a GPU 4B and 0.6B"
+    )
     p.add_argument("--quick", action="store_true", help="the tiny model, batches 1 and 64, three repeats")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     gpu = p.add_argument_group("on a GPU")
-    gpu.add_argument("--cases", nargs="+", choices=CASES, help="what to time; default all, on a CPU the tables above instead")
-    gpu.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32_768], help="prompt tokens at batch 1")
+    gpu.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        help="what to time; default all, on a CPU the tables above instead",
+    )
+    gpu.add_argument(
+        "--contexts", type=int, nargs="+", default=[1024, 8192, 32_768], help="prompt tokens at batch 1"
+    )
     gpu.add_argument("--branches", type=int, nargs="+", default=[2, 4, 6, 8], help="branches at batch 1")
-    gpu.add_argument("--branch-length", type=int, default=256, help="tokens of a branch, and of a sequential response")
+    gpu.add_argument(
+        "--branch-length", type=int, default=256, help="tokens of a branch, and of a sequential response"
+    )
     gpu.add_argument("--batch", type=int, default=32, help="requests of the batch case")
     gpu.add_argument("--requests", type=int, default=256, help="requests of the rollout case")
-    gpu.add_argument("--sft-tokens", type=int, nargs="+", default=[8192, 32_768], help="tokens of an SFT update")
+    gpu.add_argument(
+        "--sft-tokens", type=int, nargs="+", default=[8192, 32_768], help="tokens of an SFT update"
+    )
     gpu.add_argument("--seconds", type=float, default=480, help="start no case after this long")
     gpu.add_argument("--out", default="", help="folder for bench.json; default $OUT, or out")
     args = p.parse_args()
@@ -469,7 +682,9 @@ def main():
     args.cases = args.cases or (CASES if device.type == "cuda" and not args.quick else ())
     args.sizes = args.sizes or (["4B", "0.6B"] if args.cases else ["tiny", "25M"])
     args.repeats = args.repeats or (3 if args.cases else 5)
-    print(f"transformers {transformers.__version__}, Python {sys.version.split()[0]}, medians of {args.repeats}\n")
+    print(
+        f"transformers {transformers.__version__}, Python {sys.version.split()[0]}, medians of {args.repeats}\n"
+    )
 
     rng = random.Random(0)
     tokenizer = train_tokenizer(text for _ in range(300) for text in corpus_document(rng, 0.05, 0.5, 0.2))
@@ -489,12 +704,18 @@ def main():
     t, ids = tag_token_ids(tokenizer), []
     while len(ids) < 32_768:
         ids += tokenizer.encode("<guideline><plan>1:a</plan><plan>2:b</plan><plan>3:c</plan></guideline>")
-        ids += [x for _ in range(3) for x in (t["<step>"], *[60] * 300, t["</step>"])] + [t["<takeaway>"], 60, t["</takeaway>"]]
+        ids += [x for _ in range(3) for x in (t["<step>"], *[60] * 300, t["</step>"])] + [
+            t["<takeaway>"],
+            60,
+            t["</takeaway>"],
+        ]
     ids = np.array(ids[:32_768])
     took = statistics.median(timed(lambda: layout(ids, t), torch.device("cpu"))[0] for _ in range(9))
     tracemalloc.start()
     layout(ids, t)
-    print(f"\nlayout of 32,768 tokens: {1e3 * took:.2f} ms, {tracemalloc.get_traced_memory()[1] / 2**20:.2f} MiB at its peak")
+    print(
+        f"\nlayout of 32,768 tokens: {1e3 * took:.2f} ms, {tracemalloc.get_traced_memory()[1] / 2**20:.2f} MiB at its peak"
+    )
     tracemalloc.stop()
 
     # ---- memory during a long run, under a budget of a fraction of the need ----
@@ -507,11 +728,17 @@ def main():
         engine.lengths = lengths[500 * part : 500 * (part + 1)]
         engine.generate(prompts[500 * part : 500 * (part + 1)], parallel=False, max_new_tokens=256)
         statm = Path("/proc/self/statm")  # resident now; elsewhere than on Linux only the peak is told
-        now = int(statm.read_text().split()[1]) * resource.getpagesize() if statm.is_file() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        now = (
+            int(statm.read_text().split()[1]) * resource.getpagesize()
+            if statm.is_file()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        )
         resident.append(now / 2**20)
     print(
         f"2,000 requests under a KV budget of 8,192 tokens ({engine.stats.preemptions} preemptions, peak {engine.stats.peak_kv_tokens} "
-        f"tokens, {engine.kv_tokens_in_use} in use at the end): resident after each 500: " + ", ".join(f"{x:.0f}" for x in resident) + " MiB"
+        f"tokens, {engine.kv_tokens_in_use} in use at the end): resident after each 500: "
+        + ", ".join(f"{x:.0f}" for x in resident)
+        + " MiB"
     )
 
 

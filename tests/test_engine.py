@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ScriptedEngine, random_model, random_prompts, random_script, rescore, worst_gap
-from transformers import Qwen3Config as HFConfig
 from transformers import Qwen3ForCausalLM
 
 import engine as engine_module
 import stage0_model as stage0
-from engine import Engine, Layout, layout, tag_token_ids
+from engine import Engine, Layout, layout
 
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}  # of a log-probability, fp32
 
@@ -23,7 +22,18 @@ SHAPES = [  # heads, kv heads, head_dim, tied
 ]
 
 
-def scripted_run(model, tokenizer, tag_ids, n, seed=0, samples=1, kv_tokens=20_000, max_new_tokens=300, max_rows=256, **shape):
+def scripted_run(
+    model,
+    tokenizer,
+    tag_ids,
+    n,
+    seed=0,
+    samples=1,
+    kv_tokens=20_000,
+    max_new_tokens=300,
+    max_rows=256,
+    **shape,
+):
     """Engine, prompts, scripts and rollouts of n random trees; every prompt is there `samples` times."""
     rng = random.Random(seed)
     prompts = random_prompts(rng, n)
@@ -99,7 +109,11 @@ def test_a_rollout_holds_its_script_in_sequence_order(tree_run, tag_ids, tokeniz
                 block += 1
                 for branch in range(1, 9):
                     if (block, branch) in script:
-                        expected += [tag_ids["<step>"], *tokenizer.encode(f"{branch}:"), *script[block, branch]]
+                        expected += [
+                            tag_ids["<step>"],
+                            *tokenizer.encode(f"{branch}:"),
+                            *script[block, branch],
+                        ]
                 expected.append(tag_ids["<takeaway>"])
         assert r.ids == expected
         checked += 1
@@ -113,8 +127,14 @@ def test_teacher_forcing_gives_the_engines_logprobs_to_1e_5(tree_run, model, hap
     eng = Engine(happy, tokenizer, kv_tokens=3_000, max_rows=50)
     prompts = random_prompts(random.Random(3), 200)
     own = [r for rs in eng.generate(prompts, n=2, max_new_tokens=80) for r in rs]
-    assert squeezed[0].stats.preemptions > 0 and shared[0].stats.shared_prompt_tokens > 0 and eng.stats.preemptions > 0
-    runs = [(model, *run[1::2]) for run in (tree_run, squeezed, shared)] + [(happy, [p for p in prompts for _ in range(2)], own)]
+    assert (
+        squeezed[0].stats.preemptions > 0
+        and shared[0].stats.shared_prompt_tokens > 0
+        and eng.stats.preemptions > 0
+    )
+    runs = [(model, *run[1::2]) for run in (tree_run, squeezed, shared)] + [
+        (happy, [p for p in prompts for _ in range(2)], own)
+    ]
     rollouts = [r for *_, rs in runs for r in rs]
     assert len(rollouts) >= 1000 and {r.finish_reason for r in rollouts} == {"stop", "length", "malformed"}
     assert sum(r.num_forks > 0 for r in own) > 100 and any(r.num_forks > 1 for r in own)
@@ -128,10 +148,15 @@ def test_is_measured_in_bf16_beside_fp32(tokenizer, tag_ids, device, capsys):
     for dtype in (torch.float32, torch.bfloat16):
         model = random_model(len(tokenizer) + 5, std=0.1).to(device, dtype)
         _, prompts, _, rollouts = scripted_run(model, tokenizer, tag_ids, 30)
-        gaps = [(np.array(r.logprobs) - s)[~np.array(r.forced)] for r, s in zip(rollouts, rescore(model, prompts, rollouts))]
+        gaps = [
+            (np.array(r.logprobs) - s)[~np.array(r.forced)]
+            for r, s in zip(rollouts, rescore(model, prompts, rollouts))
+        ]
         rms[dtype] = float(np.sqrt(np.mean(np.concatenate(gaps) ** 2)))
     with capsys.disabled():
-        print(f"\nI1 on {device}, RMS of log-probabilities: fp32 {rms[torch.float32]:.1e}, bf16 {rms[torch.bfloat16]:.1e}")
+        print(
+            f"\nI1 on {device}, RMS of log-probabilities: fp32 {rms[torch.float32]:.1e}, bf16 {rms[torch.bfloat16]:.1e}"
+        )
     assert rms[torch.float32] < 1e-5 < rms[torch.bfloat16] < 0.1
 
 
@@ -139,7 +164,9 @@ def test_negative_control_a_shifted_position_or_a_visible_sibling_shows(tree_run
     _, prompts, _, rollouts = tree_run
     pairs = [(p, r) for p, r in zip(prompts, rollouts) if r.max_branches > 1][:20]
     prompts, rollouts = zip(*pairs)
-    shifted = [Layout(r.layout.block, r.layout.branch, r.layout.position + (r.layout.block > 0)) for r in rollouts]
+    shifted = [
+        Layout(r.layout.block, r.layout.branch, r.layout.position + (r.layout.block > 0)) for r in rollouts
+    ]
     leaking = [Layout(r.layout.block, np.minimum(r.layout.branch, 1), r.layout.position) for r in rollouts]
     assert worst_gap(rollouts, rescore(model, prompts, rollouts, shifted)) > 1e-2
     assert worst_gap(rollouts, rescore(model, prompts, rollouts, leaking)) > 1e-2
@@ -153,24 +180,36 @@ def test_layout_from_the_ids_is_the_layout_the_engine_used(tree_run, tag_ids):
 
 
 @pytest.mark.parametrize("heads, kv_heads, head_dim, tied", SHAPES)
-def test_greedy_sequential_decoding_equals_transformers_generate(tmp_path, device, plain_tokenizer, heads, kv_heads, head_dim, tied):
+def test_greedy_sequential_decoding_equals_transformers_generate(
+    tmp_path, device, plain_tokenizer, heads, kv_heads, head_dim, tied
+):
     model = random_model(
-        len(plain_tokenizer), num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied
+        len(plain_tokenizer),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
     ).to(device)
     stage0.save(model, plain_tokenizer, tmp_path)
     hf = Qwen3ForCausalLM.from_pretrained(tmp_path).to(device)
     prompts = random_prompts(random.Random(1), 12)
     ours = Engine(model, plain_tokenizer).generate(prompts, parallel=False, temperature=0, max_new_tokens=40)
     for prompt, [r] in zip(prompts, ours):
-        theirs = hf.generate(torch.tensor([prompt], device=device), max_new_tokens=40, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
+        theirs = hf.generate(
+            torch.tensor([prompt], device=device), max_new_tokens=40, do_sample=False, pad_token_id=0
+        )[0, len(prompt) :].tolist()
         assert r.ids == theirs
         assert r.critical_path == len(r.ids)
 
 
+@pytest.mark.slow
 def test_alone_in_a_batch_of_64_reordered_and_preempted_give_the_same_tokens(model, tokenizer, tag_ids):
     _, prompts, scripts, _ = scripted_run(model, tokenizer, tag_ids, 64)
     # leave every other script position to the model's own draw, so that random streams matter too
-    loose = {p: {k: [t if i % 2 or t in tag_ids.values() else None for i, t in enumerate(v)] for k, v in s.items()} for p, s in scripts.items()}
+    loose = {
+        p: {k: [t if i % 2 or t in tag_ids.values() else None for i, t in enumerate(v)] for k, v in s.items()}
+        for p, s in scripts.items()
+    }
     loose = {p: s | {(0, 0): scripts[p][0, 0]} for p, s in loose.items()}
 
     def run(prompts, kv_tokens, max_rows=256):
@@ -210,27 +249,53 @@ def test_all_slots_are_free_at_the_end_even_after_an_exception(model, tokenizer,
         eng.generate(prompts, max_new_tokens=50)
     assert eng.kv_tokens_in_use == 0 and not eng.active and not eng.waiting
     eng.script_of = lambda request: {(0, 0): [tokenizer.eos_token_id]}
-    assert [r.ids for [r] in eng.generate(prompts, max_new_tokens=5)] == [[tokenizer.eos_token_id]] * len(prompts)
+    assert [r.ids for [r] in eng.generate(prompts, max_new_tokens=5)] == [[tokenizer.eos_token_id]] * len(
+        prompts
+    )
 
 
+@pytest.mark.slow
 def test_fuzz_random_weights_budgets_and_limits_hold_every_invariant(happy, tokenizer, tag_ids, request):
     """3,000 requests; pytest --fuzz 10000 for more."""
     rng, left = random.Random(0), request.config.getoption("fuzz")
     reasons, widths, preemptions = set(), set(), 0
     while left > 0:
-        prompts, limit, n = random_prompts(rng, rng.randint(1, 300)), rng.choice([1, 5, 20, 40, 80]), rng.randint(1, 3)
+        prompts, limit, n = (
+            random_prompts(rng, rng.randint(1, 300)),
+            rng.choice([1, 5, 20, 40, 80]),
+            rng.randint(1, 3),
+        )
         eng = Engine(happy, tokenizer, kv_tokens=rng.randint(140, 3000), max_rows=rng.choice([2, 64, 256]))
-        sampling = dict(temperature=rng.choice([0, 0.7, 1.0]), top_p=rng.choice([0.9, 1.0]), step_repetition_penalty=rng.choice([1.0, 1.02]))
-        found = eng.generate(prompts, n=n, max_new_tokens=limit, seed=left, max_branches=rng.randint(1, 8), **sampling)
-        rollouts, preemptions, left = [r for rs in found for r in rs], preemptions + eng.stats.preemptions, left - n * len(prompts)
+        sampling = dict(
+            temperature=rng.choice([0, 0.7, 1.0]),
+            top_p=rng.choice([0.9, 1.0]),
+            step_repetition_penalty=rng.choice([1.0, 1.02]),
+        )
+        found = eng.generate(
+            prompts, n=n, max_new_tokens=limit, seed=left, max_branches=rng.randint(1, 8), **sampling
+        )
+        rollouts, preemptions, left = (
+            [r for rs in found for r in rs],
+            preemptions + eng.stats.preemptions,
+            left - n * len(prompts),
+        )
         assert eng.kv_tokens_in_use == 0 and not eng.active and not eng.waiting
-        assert eng.stats.peak_kv_tokens <= eng.runner.kv_tokens and eng.stats.tokens == sum(len(r.ids) for r in rollouts)
+        assert eng.stats.peak_kv_tokens <= eng.runner.kv_tokens and eng.stats.tokens == sum(
+            len(r.ids) for r in rollouts
+        )
         for r in rollouts:
-            assert 0 < len(r.ids) <= limit and len(r.ids) == len(r.layout.block) == len(r.forced) == len(r.logprobs)
-            said_step = [i == tag_ids["<step>"] and g > 0 and not f for i, g, f in zip(r.ids, r.layout.block, r.forced)]
+            assert 0 < len(r.ids) <= limit and len(r.ids) == len(r.layout.block) == len(r.forced) == len(
+                r.logprobs
+            )
+            said_step = [
+                i == tag_ids["<step>"] and g > 0 and not f for i, g, f in zip(r.ids, r.layout.block, r.forced)
+            ]
             if not any(said_step):  # the one case in which ids leave a doubt: a step that itself says <step>
                 again = layout(r.ids, tag_ids)
-                assert (np.array([again.block, again.branch, again.position]) == [r.layout.block, r.layout.branch, r.layout.position]).all()
+                assert (
+                    np.array([again.block, again.branch, again.position])
+                    == [r.layout.block, r.layout.branch, r.layout.position]
+                ).all()
             reasons.add(r.finish_reason)
             widths.add(r.max_branches)
     assert reasons == {"stop", "length", "malformed"} and widths >= {0, 1, 2} and preemptions > 0
@@ -243,7 +308,10 @@ def test_fuzz_random_weights_budgets_and_limits_hold_every_invariant(happy, toke
         ("<guideline><plan>1:a</plan><plan>3:b</plan></guideline>", "plan 2"),
         ("<guideline><plan>1:</plan></guideline>", "plan 1"),
         ("<guideline>so<plan>1:a</plan></guideline>", "text between plans"),
-        ("<guideline><plan>1:a</plan><plan>2:a</plan><plan>3:a</plan></guideline>", "3 plans, allowed are 1 to 2"),
+        (
+            "<guideline><plan>1:a</plan><plan>2:a</plan><plan>3:a</plan></guideline>",
+            "3 plans, allowed are 1 to 2",
+        ),
         ("<guideline><plan>1:a</guideline>", "</guideline> in state plan"),
         ("<step>", "<step> in state text"),
         ("<guideline><plan>1:a</plan><guideline>", "<guideline> in state guideline"),
@@ -262,7 +330,9 @@ def test_a_guideline_that_leaves_no_budget_for_its_branches_is_malformed(model, 
     eng = ScriptedEngine(model, tokenizer)
     text = "<guideline><plan>1:a</plan><plan>2:b</plan></guideline>"
     eng.script_of = lambda request: {(0, 0): tokenizer.encode(text)}
-    [[r]] = eng.generate([[50, 51]], max_new_tokens=len(tokenizer.encode(text)) + 7)  # two openings of 3, and 2 to sample
+    [[r]] = eng.generate(
+        [[50, 51]], max_new_tokens=len(tokenizer.encode(text)) + 7
+    )  # two openings of 3, and 2 to sample
     assert r.finish_reason == "malformed" and "budget" in r.error
 
 
@@ -270,7 +340,11 @@ def test_a_guideline_that_leaves_no_budget_for_its_branches_is_malformed(model, 
 def test_a_tag_or_end_of_turn_inside_a_step_is_malformed(model, tokenizer, inside):
     eng = ScriptedEngine(model, tokenizer)
     guideline = tokenizer.encode("<guideline><plan>1:a</plan><plan>2:b</plan></guideline>")
-    eng.script_of = lambda r: {(0, 0): guideline, (1, 1): tokenizer.encode("ab" + inside), (1, 2): tokenizer.encode("abcd")}
+    eng.script_of = lambda r: {
+        (0, 0): guideline,
+        (1, 1): tokenizer.encode("ab" + inside),
+        (1, 2): tokenizer.encode("abcd"),
+    }
     [[r]] = eng.generate([[50, 51]], max_new_tokens=60)
     assert r.finish_reason == "malformed" and r.num_forks == 1 and "inside step 1" in r.error
 
@@ -320,7 +394,11 @@ def test_repetition_penalty_acts_inside_steps_only_and_on_the_branchs_own_tokens
     request.tokens += [engine_module.Token(id, 1, branch, 1) for id, branch in ((1, 1), (0, 2), (2, 1))]
     eng.active = [request]
     logits = torch.tensor([[2.9, 3.0, 2.8, 2.7]], device=model.device)
-    for tip, expected in ((0, 1), (2, 1), (3, 0)):  # trunk: no penalty; branch 2: 0 is halved; branch 1: 1 and 2 are halved
+    for tip, expected in (
+        (0, 1),
+        (2, 1),
+        (3, 0),
+    ):  # trunk: no penalty; branch 2: 0 is halved; branch 1: 1 and 2 are halved
         request.tips = [tip]
         [token], [logprob] = eng.sample(logits)
         assert token == expected
@@ -346,7 +424,10 @@ def test_parallel_mode_without_tag_tokens_is_refused(model, plain_tokenizer):
 
 def test_picture_of_a_kv_row_forking_and_joining_is_what_the_engine_does(model, tokenizer, tag_ids):
     source = open(engine_module.__file__).read()
-    rows = {name: cells.replace("|", " ").split() for name, cells in re.findall(r"^#     (slot|token|block|branch|position) +(.*)$", source, re.M)}
+    rows = {
+        name: cells.replace("|", " ").split()
+        for name, cells in re.findall(r"^#     (slot|token|block|branch|position) +(.*)$", source, re.M)
+    }
     script = {
         (0, 0): tokenizer.encode("<guideline><plan>1:a</plan><plan>2:b</plan></guideline>"),
         (1, 1): tokenizer.encode("x</step>"), (1, 2): tokenizer.encode("yz</step>"),
@@ -363,12 +444,19 @@ def test_picture_of_a_kv_row_forking_and_joining_is_what_the_engine_does(model, 
     eng.runner.feed = spy
     eng.generate([[60]], max_new_tokens=30)
     [request], slots = kept, [int(s) for s in rows["slot"]]
-    names = {tag_ids["</guideline>"]: "/g", tag_ids["<step>"]: "s", tag_ids["</step>"]: "/s", tag_ids["<takeaway>"]: "t"}
+    names = {
+        tag_ids["</guideline>"]: "/g",
+        tag_ids["<step>"]: "s",
+        tag_ids["</step>"]: "/s",
+        tag_ids["<takeaway>"]: "t",
+    }
     tokens = [request.tokens[s] for s in slots]
     assert [names.get(token.id) or tokenizer.decode([token.id]) for token in tokens] == rows["token"]
     for name in ("block", "branch", "position"):
         assert [getattr(token, name) for token in tokens] == [int(x) for x in rows[name]]
     assert eng.runner.block[slots].tolist() == [int(x) for x in rows["block"]]
     assert eng.runner.branch[slots].tolist() == [int(x) for x in rows["branch"]]
-    bars = re.search(r"^#     slot +(.*)$", source, re.M)[1].split("|")  # what stands between two bars is fed in one step
+    bars = re.search(r"^#     slot +(.*)$", source, re.M)[1].split(
+        "|"
+    )  # what stands between two bars is fed in one step
     assert [[int(x) for x in part.split()] for part in bars] == [f for f in feeds if f[0] >= 12][:4]

@@ -181,13 +181,16 @@ def without_prose(source):
     prose = set(source.comments) | source.docstrings | source.tables
     violations = []
     stretch = []
+    imports = set()  # say what they are themselves
+    for node in source.nodes(ast.Import, ast.ImportFrom):
+        imports |= set(range(node.lineno, node.end_lineno + 1))
     for number, line in enumerate([*source.lines, ""], 1):
         if number in prose or number > len(source.lines):
             if len(stretch) > MAX_STRETCH:
                 what = f"{len(stretch)} lines of code without prose, at most {MAX_STRETCH}"
                 violations.append(source.at(stretch[0], what))
             stretch = []
-        elif line.strip():
+        elif line.strip() and number not in imports:
             stretch.append(number)
     return violations
 
@@ -199,6 +202,7 @@ def test_the_rule_for_prose_counts_code_between_words():
         long = sample(words + "\n" + twelve + "x = 1\n# why\n" + twelve)
         first = 1 + len(words.splitlines())
         assert without_prose(long) == [f"sample.py:{first}: 13 lines of code without prose, at most 12"]
+    assert without_prose(sample("import a\n" * 13 + "from b import (\n    c,\n)\n" + twelve)) == []
     assert without_prose(sample("text = '''\n" + "# not prose\n" * 13 + "'''\n")) != []
 
 

@@ -10,15 +10,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ScriptedEngine, no_cuda, random_model, random_prompts, random_script
+from conftest import ROOT, ScriptedEngine, random_model, random_prompts, random_script
 
 import engine as engine_module
 import stage0_model as stage0
 from engine import Engine, split_kv_attention, make_splits
 
-needs_triton = pytest.mark.skipif(engine_module.triton is None, reason="triton is not installed: pip install triton")
+needs_triton = pytest.mark.skipif(
+    engine_module.triton is None, reason="triton is not installed: pip install triton"
+)
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative error, norm over norm
+TOLERANCE = {
+    torch.float32: 2e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}  # relative error, norm over norm
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +37,11 @@ def bfloat16_in_the_interpreter(monkeypatch):
     dot, tl = interpreter.InterpreterBuilder.create_dot, engine_module.tl
 
     def create_dot(self, a, b, *rest):
-        return dot(self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+        return dot(
+            self,
+            *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)),
+            *rest,
+        )
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
@@ -41,7 +51,10 @@ def random_rows(rng, R, longest, most_tokens, max_branches, capacity):
     few slots of each are the new tokens.  Returns length (R,), count (R,), block and branch (R, capacity)."""
     length = rng.integers(1, longest + 1, R)
     count = np.minimum(length, rng.integers(1, most_tokens + 1, R))
-    block, branch = np.zeros((R, capacity), dtype=np.int64), rng.integers(0, 3, (R, capacity))  # a trunk's branch must not matter
+    block, branch = (
+        np.zeros((R, capacity), dtype=np.int64),
+        rng.integers(0, 3, (R, capacity)),
+    )  # a trunk's branch must not matter
     for r in range(R):
         at, number = 0, 0
         while at < length[r]:
@@ -62,31 +75,57 @@ def reference(q, kv, row, slot, block, branch, slot_block, slot_branch, capacity
     for i in range(N):
         here = slice(int(row[i]) * capacity, int(row[i]) * capacity + int(slot[i]) + 1)
         g, b = int(block[i]), int(branch[i])
-        sees = ~((slot_block[here] == g) & (slot_branch[here] != b)) if g else torch.ones_like(slot_block[here], dtype=torch.bool)
+        sees = (
+            ~((slot_block[here] == g) & (slot_branch[here] != b))
+            if g
+            else torch.ones_like(slot_block[here], dtype=torch.bool)
+        )
         if sees.any():
-            keys, values = kv[here][sees].double().repeat_interleave(H // H_kv, dim=1).split(H, dim=1)  # (n, H, D)
+            keys, values = (
+                kv[here][sees].double().repeat_interleave(H // H_kv, dim=1).split(H, dim=1)
+            )  # (n, H, D)
             weight = (torch.einsum("hd,nhd->hn", q[i].double(), keys) * D**-0.5).softmax(-1)
             out[i] = torch.einsum("hn,nhd->hd", weight, values)
     return out
 
 
-def run_kernel(device, length, count, block, branch, capacity, G, H_kv, D, dtype, target, idle=(0, 0), blind=()):
+def run_kernel(
+    device, length, count, block, branch, capacity, G, H_kv, D, dtype, target, idle=(0, 0), blind=()
+):
     """Error of the kernel against the reference, on random numbers.  idle: so many tokens and splits more than needed; blind: tokens whose
     slot is -1, so that they see nothing."""
     R, H, (row, col) = len(length), G * H_kv, engine_module.ragged(count)
     slot = (length - count)[row] + col
-    tensor = lambda x: torch.as_tensor(x, device=device)  # noqa: E731
+
+    def tensor(x):
+        return torch.as_tensor(x, device=device)
+
     kv = torch.randn(R * capacity, 2 * H_kv, D).to(dtype)
     for r in range(R):
-        kv[r * capacity + length[r] : (r + 1) * capacity] = float("nan")  # what lies beyond a row must not be touched
+        kv[r * capacity + length[r] : (r + 1) * capacity] = float(
+            "nan"
+        )  # what lies beyond a row must not be touched
     q = torch.randn(len(row), H + H_kv, D).to(dtype)[:, :H]  # a slice, as the model makes it
     M = min(128, max(16, 1 << (int(count.max()) * G - 1).bit_length()))
     splits, of_token = make_splits(np.arange(R) * capacity, length, count, M // G, target)
     assert len(splits) <= len(row) + target
     slot[list(blind)] = -1
     q_block, q_branch = block[row, slot], branch[row, slot]
-    want = reference(q, kv, row, slot, q_block, q_branch, tensor(block).cpu().view(-1), tensor(branch).cpu().view(-1), capacity)
-    pad = lambda x, n: np.concatenate([x, np.zeros((n, *x.shape[1:]), dtype=x.dtype)])  # noqa: E731
+    want = reference(
+        q,
+        kv,
+        row,
+        slot,
+        q_block,
+        q_branch,
+        tensor(block).cpu().view(-1),
+        tensor(branch).cpu().view(-1),
+        capacity,
+    )
+
+    def pad(x, n):
+        return np.concatenate([x, np.zeros((n, *x.shape[1:]), dtype=x.dtype)])
+
     integers = [tensor(pad(x, idle[0])) for x in (slot, q_block, q_branch)]
     got = split_kv_attention(
         torch.cat([q, q[:1].expand(idle[0], -1, -1)]).to(device), kv.to(device), *integers, tensor(block).view(-1), tensor(branch).view(-1),
@@ -99,6 +138,7 @@ def run_kernel(device, length, count, block, branch, capacity, G, H_kv, D, dtype
 @needs_triton
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("G, D", [(1, 32), (2, 64), (3, 128), (4, 96), (5, 16), (6, 40), (7, 64), (8, 128)])
+@pytest.mark.slow
 def test_kernel_equals_the_reference_for_every_group_size_head_dim_and_dtype(device, G, D, dtype):
     rng = np.random.default_rng(G)
     torch.manual_seed(G)
@@ -140,7 +180,10 @@ def test_kernel_gives_zeros_to_a_query_that_sees_nothing(device):
     rng = np.random.default_rng(0)
     rows = random_rows(rng, 3, 100, 4, 3, 110)
     N = int(rows[1].sum())
-    assert run_kernel(device, *rows, 110, 2, 2, 32, torch.float32, 4, blind=(0, N - 1)) < TOLERANCE[torch.float32]
+    assert (
+        run_kernel(device, *rows, 110, 2, 2, 32, torch.float32, 4, blind=(0, N - 1))
+        < TOLERANCE[torch.float32]
+    )
 
 
 def test_pieces_cover_every_slot_of_every_tile_once():
@@ -154,8 +197,14 @@ def test_pieces_cover_every_slot_of_every_tile_once():
         for token in range(count.sum()):
             mine = splits[first_split[token] : first_split[token] + num_splits[token]]
             assert (mine[:, 0] == 1000 * row[token]).all()
-            assert (mine[:, 3] <= token).all() and (token < mine[:, 3] + mine[:, 4]).all() and (mine[:, 4] <= most).all()
-            assert mine[0, 1] == 0 and mine[-1, 2] == length[row[token]] and (mine[1:, 1] == mine[:-1, 2]).all()
+            assert (
+                (mine[:, 3] <= token).all()
+                and (token < mine[:, 3] + mine[:, 4]).all()
+                and (mine[:, 4] <= most).all()
+            )
+            assert (
+                mine[0, 1] == 0 and mine[-1, 2] == length[row[token]] and (mine[1:, 1] == mine[:-1, 2]).all()
+            )
         assert len({tuple(p) for p in splits.tolist()}) == len(splits)
 
 
@@ -168,16 +217,28 @@ def test_docstring_example_of_make_splits():
 
 @needs_triton
 @pytest.mark.cuda
-@no_cuda
 def test_kernel_addresses_a_pool_of_more_than_2_to_the_31_numbers():
     """4.3 GB of keys and values, so on a GPU only; the row lies at its very end."""
     slots = 2**23 + 64
     kv, here = torch.zeros(slots, 2, 128, dtype=torch.float16, device="cuda"), slice(slots - 40, slots)
     kv[here], q = torch.randn(40, 2, 128), torch.randn(1, 1, 128, device="cuda").half()
-    integers, kind = torch.zeros(2, slots, dtype=torch.long, device="cuda"), dict(dtype=torch.long, device="cuda")
+    integers, kind = (
+        torch.zeros(2, slots, dtype=torch.long, device="cuda"),
+        dict(dtype=torch.long, device="cuda"),
+    )
     splits, of_token = make_splits(np.array([slots - 40]), np.array([40]), np.array([1]), 16, 2)
     zero = torch.zeros(1, **kind)
-    got = split_kv_attention(q, kv, zero + 39, zero, zero, *integers, torch.tensor(splits, **kind), *torch.tensor(of_token, **kind), 16)
+    got = split_kv_attention(
+        q,
+        kv,
+        zero + 39,
+        zero,
+        zero,
+        *integers,
+        torch.tensor(splits, **kind),
+        *torch.tensor(of_token, **kind),
+        16,
+    )
     weight = (q[0].double() @ kv[here, 0].double().T * 128**-0.5).softmax(-1)
     torch.testing.assert_close(got[0].double(), weight @ kv[here, 1].double(), atol=2e-3, rtol=0)
 
@@ -189,17 +250,31 @@ def trees(model, tokenizer, tag_ids, kernel, n=3, free=False, **sampling):
     """n scripted trees of up to two blocks; free: the model draws every other token of the branches."""
     rng = random.Random(4)
     prompts = random_prompts(rng, n)
-    scripts = {tuple(p): random_script(rng, tokenizer, tag_ids, max_blocks=2, max_branches=5, max_length=5) for p in prompts}
+    scripts = {
+        tuple(p): random_script(rng, tokenizer, tag_ids, max_blocks=2, max_branches=5, max_length=5)
+        for p in prompts
+    }
     if free:
-        loose = lambda ids: [t if i % 2 or t in tag_ids.values() else None for i, t in enumerate(ids)]  # noqa: E731
-        scripts = {p: {key: ids if key == (0, 0) else loose(ids) for key, ids in s.items()} for p, s in scripts.items()}
+
+        def loose(ids):
+            return [t if i % 2 or t in tag_ids.values() else None for i, t in enumerate(ids)]
+
+        scripts = {
+            p: {key: ids if key == (0, 0) else loose(ids) for key, ids in s.items()}
+            for p, s in scripts.items()
+        }
     eng = ScriptedEngine(model, tokenizer, kv_tokens=1000, kernel=kernel)
     eng.script_of = lambda request: scripts[tuple(request.prompt)]
     return eng, prompts, [r for [r] in eng.generate(prompts, max_new_tokens=150, **sampling)]
 
 
 @needs_triton
-@pytest.mark.parametrize("sampling", [dict(), dict(temperature=0), dict(temperature=0.7, top_k=20), dict(step_repetition_penalty=1.3)], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [dict(), dict(temperature=0), dict(temperature=0.7, top_k=20), dict(step_repetition_penalty=1.3)],
+    ids=str,
+)
+@pytest.mark.slow
 def test_engine_with_kernel_and_replayed_steps_gives_the_same_tokens(device, tokenizer, tag_ids, sampling):
     model = random_model(len(tokenizer) + 5, num_hidden_layers=1, num_attention_heads=6).to(device)
     plain, _, expected = trees(model, tokenizer, tag_ids, kernel=False, free=True, **sampling)
@@ -210,7 +285,9 @@ def test_engine_with_kernel_and_replayed_steps_gives_the_same_tokens(device, tok
         np.testing.assert_allclose(r.logprobs, other.logprobs, atol=1e-5 if device.type == "cpu" else 1e-4)
     # few sizes: the steps of a run share buffers, whose numbers of tokens are powers of two
     sizes = {key[1] for key in eng.runner.graphs.buffers}
-    assert all(n & (n - 1) == 0 for n in sizes) and len(eng.runner.graphs.buffers) < eng.stats.decode_steps / 2
+    assert (
+        all(n & (n - 1) == 0 for n in sizes) and len(eng.runner.graphs.buffers) < eng.stats.decode_steps / 2
+    )
     assert eng.kv_tokens_in_use == 0
 
 
@@ -230,7 +307,10 @@ def test_what_an_earlier_step_left_in_a_buffer_changes_nothing(tokenizer):
 def test_a_function_to_capture_is_first_run_on_the_real_inputs(device):
     """Run on empty buffers, a decode step would store token 0 in slot 0 of the first row."""
     slots, replay = torch.zeros(5, device=device), engine_module.CudaGraphs(device)
-    step = lambda index: slots.index_fill_(0, index, 1.0) + index  # noqa: E731
+
+    def step(index):
+        return slots.index_fill_(0, index, 1.0) + index
+
     assert replay("step", step, torch.tensor([3])).tolist() == [3, 3, 3, 4, 3]
     assert replay("step", step, torch.tensor([2])).tolist() == [2, 2, 3, 3, 2]
     assert slots.tolist() == [0, 0, 1, 1, 0]
@@ -238,7 +318,11 @@ def test_a_function_to_capture_is_first_run_on_the_real_inputs(device):
 
 def test_drawing_in_chunks_changes_nothing(device, monkeypatch):
     torch.manual_seed(0)
-    logits, shaped, u = torch.randn(20, 50, device=device), torch.randn(20, 50, device=device), torch.rand(20, device=device)
+    logits, shaped, u = (
+        torch.randn(20, 50, device=device),
+        torch.randn(20, 50, device=device),
+        torch.rand(20, device=device),
+    )
     cases = [(other, *how) for other in (None, shaped) for how in ((1.0, 1.0, 0), (0.7, 0.9, 5), (0, 1.0, 0))]
     whole = [engine_module.draw(logits, u, *case) for case in cases]
     monkeypatch.setattr(engine_module, "MAX_LOGITS", 7 * 50)
@@ -255,7 +339,10 @@ def test_replay_keys_hold_everything_a_captured_function_bakes_in(tokenizer):
     keys = set(eng.runner.graphs.buffers)
     drawn = eng.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=0)
     assert {key[0] for key in set(eng.runner.graphs.buffers) - keys} == {"draw"}
-    assert drawn[0][0].ids == fresh.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=0)[0][0].ids
+    assert (
+        drawn[0][0].ids
+        == fresh.generate([[50, 51]], parallel=False, max_new_tokens=3, temperature=0)[0][0].ids
+    )
 
 
 # ---- training: FlexAttention over packed rows against the dense mask over padded ones ----
@@ -264,7 +351,10 @@ def test_replay_keys_hold_everything_a_captured_function_bakes_in(tokenizer):
 def padded_batch(model, tokenizer, tag_ids, device, n=5):
     """The rollouts of n scripted trees as one batch (ids, layout, mask) of uneven rows, two of them plain text."""
     _, prompts, rollouts = trees(model, tokenizer, tag_ids, kernel=False, n=n)
-    examples = [engine_module.Example(p, r.ids, r.layout if i > 1 else None) for i, (p, r) in enumerate(zip(prompts, rollouts))]
+    examples = [
+        engine_module.Example(p, r.ids, r.layout if i > 1 else None)
+        for i, (p, r) in enumerate(zip(prompts, rollouts))
+    ]
     [(_, *batch)] = engine_module.batches(examples, 10**6, device)
     return batch
 
@@ -280,7 +370,9 @@ def flex(monkeypatch):
     return switch
 
 
-def test_packed_rows_and_flex_attention_give_the_logprobs_of_padded_rows_and_a_dense_mask(device, tokenizer, tag_ids, flex):
+def test_packed_rows_and_flex_attention_give_the_logprobs_of_padded_rows_and_a_dense_mask(
+    device, tokenizer, tag_ids, flex
+):
     model = random_model(len(tokenizer) + 5, num_attention_heads=6).to(device)
     ids, batch_layout, mask = padded_batch(model, tokenizer, tag_ids, device)
     assert batch_layout.block.any() and len(set(batch_layout.lengths.tolist())) > 1
@@ -290,13 +382,17 @@ def test_packed_rows_and_flex_attention_give_the_logprobs_of_padded_rows_and_a_d
         with torch.no_grad():
             found.append(engine_module.token_logprobs(model, ids, batch_layout))
     for dense, packed in zip(*found):
-        torch.testing.assert_close(packed[mask], dense[mask], atol=1e-5 if device.type == "cpu" else 1e-4, rtol=0)
+        torch.testing.assert_close(
+            packed[mask], dense[mask], atol=1e-5 if device.type == "cpu" else 1e-4, rtol=0
+        )
         assert (dense[mask] != 0).all()
     flex(True)  # a neighbour's tokens do not matter
     other = ids.clone()
     other[1:] = ids[1:].flip(1)
     with torch.no_grad():
-        torch.testing.assert_close(engine_module.token_logprobs(model, other, batch_layout)[0][0], found[1][0][0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            engine_module.token_logprobs(model, other, batch_layout)[0][0], found[1][0][0], atol=1e-6, rtol=0
+        )
 
 
 def test_flex_attention_sees_what_visible_mask_says(device, tokenizer, tag_ids, model, flex):
@@ -308,7 +404,11 @@ def test_flex_attention_sees_what_visible_mask_says(device, tokenizer, tag_ids, 
     found = []
     for on in (False, True):
         flex(on)
-        found.append(stage0.attention(q, k, v, stage0.visibility(batch_layout.block, batch_layout.branch, batch_layout.document)))
+        found.append(
+            stage0.attention(
+                q, k, v, stage0.visibility(batch_layout.block, batch_layout.branch, batch_layout.document)
+            )
+        )
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
     causal = stage0.attention(q, k, v, None)
     assert (found[0] - causal).abs().max() > 0.1
@@ -316,15 +416,23 @@ def test_flex_attention_sees_what_visible_mask_says(device, tokenizer, tag_ids, 
 
 def test_docstring_example_of_pack():
     zero = torch.zeros(2, 3, dtype=torch.long)
-    batch_layout = engine_module.Layout(zero, zero, torch.arange(3).expand(2, 3), lengths=torch.tensor([3, 1]))
+    batch_layout = engine_module.Layout(
+        zero, zero, torch.arange(3).expand(2, 3), lengths=torch.tensor([3, 1])
+    )
     ids, packed, place = engine_module.pack(torch.tensor([[5, 6, 7], [8, 0, 0]]), batch_layout)
-    assert ids[0, :6].tolist() == [5, 6, 7, 8, 5, 5] and packed.document[0, :6].tolist() == [0, 0, 0, 1, -1, -1]
+    assert ids[0, :6].tolist() == [5, 6, 7, 8, 5, 5] and packed.document[0, :6].tolist() == [
+        0,
+        0,
+        0,
+        1,
+        -1,
+        -1,
+    ]
     assert packed.position[0, :4].tolist() == [0, 1, 2, 0] and place.tolist() == [0, 1, 2, 3]
     assert [stage0.bucket(n) for n in (1, 100, 1100, 8192)] == [32, 128, 1280, 8192]
 
 
 @pytest.mark.cuda
-@no_cuda
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_of_the_two_training_paths_agree(tokenizer, tag_ids, flex, recompute):
     gradients = []
@@ -359,21 +467,35 @@ for kernel in (engine.split_kv_kernel, engine.merge_splits_kernel):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_that_is_not_there():
     """The interpreter is more lenient than the compiler: it once let a variable change its shape in a loop."""
-    done = subprocess.run([sys.executable, "-c", COMPILE.format(root=str(ROOT))], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE.format(root=str(ROOT))], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @needs_triton
+@pytest.mark.slow
 def test_all_blocks_and_all_numbers_of_tokens_share_the_compiled_code(tokenizer, monkeypatch):
     """Blocks around the kernel are traced, not compiled, here.  Twice for one token, twice for any other number: never once per layer."""
     model, graphs = random_model(len(tokenizer), num_hidden_layers=4), []
-    run = lambda: [r.ids for [r] in Engine(model, tokenizer, kernel=True).generate(prompts, parallel=False, max_new_tokens=3)]  # noqa: E731
+
+    def run():
+        rollouts = Engine(model, tokenizer, kernel=True).generate(prompts, parallel=False, max_new_tokens=3)
+        return [r.ids for [r] in rollouts]
+
     prompts = random_prompts(random.Random(0), 5)
     plain = run()
-    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
-    traced = functools.cache(lambda function, dynamic=False: torch.compile(function, backend=backend, dynamic=dynamic))
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    traced = functools.cache(
+        lambda function, dynamic=False: torch.compile(function, backend=backend, dynamic=dynamic)
+    )
     monkeypatch.setattr(stage0, "compiled", traced)
     assert run() == plain and len(graphs) == 2
     prompts = prompts[:1]
@@ -383,14 +505,23 @@ def test_all_blocks_and_all_numbers_of_tokens_share_the_compiled_code(tokenizer,
     assert len(graphs) == 4
 
 
+@pytest.mark.slow
 def test_flex_attention_is_compiled_once_for_a_length_whatever_the_batch(monkeypatch, flex):
     """Traced, not compiled, here.  Each batch has a mask function of its own, a closure over its integers: that must not count as new."""
     graphs = []
-    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
-    traced = functools.cache(lambda function, dynamic=False: torch.compile(function, backend=backend, dynamic=dynamic))
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    traced = functools.cache(
+        lambda function, dynamic=False: torch.compile(function, backend=backend, dynamic=dynamic)
+    )
     monkeypatch.setattr(stage0, "compiled", traced)
     flex(True)
-    for seed, (T, expected) in enumerate([(256, 2), (256, 2), (320, 4), (256, 4)]):  # a graph for the mask, one for attention
+    for seed, (T, expected) in enumerate(
+        [(256, 2), (256, 2), (320, 4), (256, 4)]
+    ):  # a graph for the mask, one for attention
         torch.manual_seed(seed)
         block, branch = torch.randint(0, 3, (2, 1, T)).sort().values
         document = (torch.arange(T)[None] > 100).long()
@@ -402,10 +533,23 @@ def test_flex_attention_is_compiled_once_for_a_length_whatever_the_batch(monkeyp
         assert len(graphs) == expected
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_runs_at_miniature_size(tmp_path):
     small = "--sizes tiny --contexts 40 --branches 2 --branch-length 6 --batch 2 --requests 8 --sft-tokens 512 --repeats 1".split()
     cases = "--cases sequential branches batch rollout sft".split()
-    subprocess.run([sys.executable, ROOT / "tests/bench_engine.py", "--device", "cpu", "--out", tmp_path, *small, *cases], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tests/bench_engine.py",
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path,
+            *small,
+            *cases,
+        ],
+        check=True,
+    )
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["copy_bytes_per_second"] > 0 and len(found["rows"]) == 8
     assert all(row["tokens/s"] > 0 and "error" not in row for row in found["rows"])

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT, random_script
 
 import engine
 from engine import TAGS, MalformedTrajectory, layout, visible
@@ -42,7 +41,12 @@ def brute_force(text):
                 ends = None
         path.append(triples[-1][:2])
     n = len(path)
-    see = np.array([[k <= q and not (path[q][0] == path[k][0] != 0 and path[q][1] != path[k][1]) for k in range(n)] for q in range(n)])
+    see = np.array(
+        [
+            [k <= q and not (path[q][0] == path[k][0] != 0 and path[q][1] != path[k][1]) for k in range(n)]
+            for q in range(n)
+        ]
+    )
     return triples, see
 
 
@@ -64,7 +68,9 @@ def test_worked_example_of_the_design():
 
 def test_picture_in_the_module_docstring_is_the_layout():
     rows = dict(re.findall(r"^    (block|branch|position) +(.*)$", engine.__doc__, re.M))
-    drawn = {name: [int(x) for x in row.split("=")[0].replace("|", " ").split()] for name, row in rows.items()}
+    drawn = {
+        name: [int(x) for x in row.split("=")[0].replace("|", " ").split()] for name, row in rows.items()
+    }
     text = "qq<guideline><plan>1</plan></guideline><step>1</step><step>2bc</step><takeaway>t"
     whole = layout(ids_of(text), TAG)
     for name in ("block", "branch", "position"):
@@ -73,7 +79,18 @@ def test_picture_in_the_module_docstring_is_the_layout():
 
 def test_docstring_example_of_layout():
     t = TAG
-    ids = [t["<guideline>"], t["</guideline>"], t["<step>"], 1, t["</step>"], t["<step>"], 2, 3, t["</step>"], t["<takeaway>"]]
+    ids = [
+        t["<guideline>"],
+        t["</guideline>"],
+        t["<step>"],
+        1,
+        t["</step>"],
+        t["<step>"],
+        2,
+        3,
+        t["</step>"],
+        t["<takeaway>"],
+    ]
     whole = layout(ids, TAG)
     assert whole.block.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 0]
     assert whole.branch.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 0]
@@ -141,7 +158,10 @@ def test_an_unclosed_branch_ends_where_the_next_step_begins():
         ("<guideline><step>", None),  # the last token: cut off right there
         ("<guideline><step>x", 1),
         ("<guideline></guideline><step>a<takeaway>b", 4),
-        ("<guideline></guideline><step>a<plan><step>b</step>", None),  # a violation ended branch 1, not branch 2
+        (
+            "<guideline></guideline><step>a<plan><step>b</step>",
+            None,
+        ),  # a violation ended branch 1, not branch 2
         ("<takeaway>a", 0),
     ],
 )

@@ -38,7 +38,9 @@ def test_papo_loss_value_and_gradient_by_hand():
 def test_papo_gradient_equals_reinforce_computed_one_token_at_a_time(tokenizer, tag_ids):
     """d/dw of (1/n) sum A log pi(token | its visible past), each token in a forward of its own, no mask, no batch."""
     small = random_model(len(tokenizer) + 5, num_hidden_layers=2)
-    _, prompts, _, rollouts = scripted_run(small, tokenizer, tag_ids, 3, seed=5, max_blocks=1, max_branches=3, max_length=3)
+    _, prompts, _, rollouts = scripted_run(
+        small, tokenizer, tag_ids, 3, seed=5, max_blocks=1, max_branches=3, max_length=3
+    )
     advantages = torch.tensor([1.0, -0.5, 2.0])
     examples = [Example(p, r.ids, r.layout) for p, r in zip(prompts, rollouts)]
     n = sum(not f for r in rollouts for f in r.forced)
@@ -58,7 +60,9 @@ def test_papo_gradient_equals_reinforce_computed_one_token_at_a_time(tokenizer, 
             # a chain on which the token depends in plain causal order exists inside a branch and before the first join
             past = [i for i in range(t) if not (g and r.layout.block[i] == g and r.layout.branch[i] != b)]
             context = torch.tensor([prompt + [r.ids[i] for i in past]])
-            position = torch.tensor([list(range(len(prompt))) + [len(prompt) + r.layout.position[i] for i in past]])
+            position = torch.tensor(
+                [list(range(len(prompt))) + [len(prompt) + r.layout.position[i] for i in past]]
+            )
             block = torch.tensor([[0] * len(prompt) + r.layout.block[past].tolist()])
             branch = torch.tensor([[0] * len(prompt) + r.layout.branch[past].tolist()])
             from engine import Layout
@@ -78,7 +82,9 @@ def test_forced_tokens_carry_no_loss(model, tokenizer, tag_ids):
         forced = torch.zeros_like(mask)
         forced[mask] = torch.tensor(r.forced, device=model.device)
         logprobs, _ = token_logprobs(model, ids, batch_layout)
-        grad = torch.autograd.grad(papo_loss(logprobs, torch.ones(1, device=model.device), mask & ~forced), logprobs)[0]
+        grad = torch.autograd.grad(
+            papo_loss(logprobs, torch.ones(1, device=model.device), mask & ~forced), logprobs
+        )[0]
         assert (grad[forced] == 0).all() and (grad[mask & ~forced] != 0).all()
         assert tokenizer.decode(np.array(r.ids)[r.forced][:3]) == "<step>1:"
 
@@ -104,5 +110,7 @@ def test_a_group_of_equal_rewards_changes_no_gradient():
     assert (A == 0).nonzero().flatten().tolist() == [0, 1]
     whole = torch.autograd.grad(papo_loss(logprobs, A, mask), logprobs)[0]
     learned = A != 0
-    part = torch.autograd.grad(papo_loss(logprobs[learned], A[learned], mask[learned], mask.sum()), logprobs)[0]
+    part = torch.autograd.grad(papo_loss(logprobs[learned], A[learned], mask[learned], mask.sum()), logprobs)[
+        0
+    ]
     torch.testing.assert_close(whole, part)

@@ -60,13 +60,31 @@ def test_every_violation_costs_more_than_a_wrong_answer():
 def test_parse_response_reads_blocks_and_final_text():
     response = parse_response(GOOD)
     assert response.blocks == [(["A", "B"], ["A7+2=9", "B1+1=2"], "a9b2")] and response.final == "\\boxed{9}"
-    example = parse_response("<guideline><plan>1:A</plan></guideline><step>1:A7+2=9</step><takeaway>9</takeaway>\\boxed{9}")
-    assert (example.blocks, example.final, example.violations) == ([(["A"], ["A7+2=9"], "9")], "\\boxed{9}", [])
+    example = parse_response(
+        "<guideline><plan>1:A</plan></guideline><step>1:A7+2=9</step><takeaway>9</takeaway>\\boxed{9}"
+    )
+    assert (example.blocks, example.final, example.violations) == (
+        [(["A"], ["A7+2=9"], "9")],
+        "\\boxed{9}",
+        [],
+    )
 
 
 def test_parser_never_raises_on_shuffled_tags():
     rng = random.Random(0)
-    bits = ["<guideline>", "</guideline>", "<plan>", "</plan>", "<step>", "</step>", "<takeaway>", "</takeaway>", "1:ab", "\\boxed{3}", " "]
+    bits = [
+        "<guideline>",
+        "</guideline>",
+        "<plan>",
+        "</plan>",
+        "<step>",
+        "</step>",
+        "<takeaway>",
+        "</takeaway>",
+        "1:ab",
+        "\\boxed{3}",
+        " ",
+    ]
     for _ in range(3000):
         text = "".join(rng.choices(bits, k=rng.randint(0, 14)))
         assert format_score(text) == 0 or -2 <= format_score(text) <= -1.1
@@ -75,7 +93,10 @@ def test_parser_never_raises_on_shuffled_tags():
 def is_canonical(text):
     """The grammar of a valid response as one pattern, for those without white space between tags: what the parser is compared with."""
     block = r"<guideline>((?:<plan>\d+:[^<>]+</plan>)+)</guideline>((?:<step>\d+:[^<>]+</step>)+)<takeaway>[^<>]+</takeaway>"
-    if not re.fullmatch(rf"(?:{block})+[^<>]*\\boxed\{{[^<>{{}}]*\}}[^<>]*", text) or text.count("\\boxed{") != 1:
+    if (
+        not re.fullmatch(rf"(?:{block})+[^<>]*\\boxed\{{[^<>{{}}]*\}}[^<>]*", text)
+        or text.count("\\boxed{") != 1
+    ):
         return False
     numbers = [[re.findall(r"<\w+>(\d+):", part) for part in parts] for parts in re.findall(block, text)]
     return all(plans == steps == [str(i + 1) for i in range(len(plans))] for plans, steps in numbers)
@@ -95,7 +116,9 @@ def test_the_corpus_knows_its_valid_from_its_malformed():
 def test_dapo_advantage_by_hand():
     A = dapo_advantages([1, -1, -1, -1, 1, 1], [0, 0, 0, 0, 7, 7])
     # group 0: mean -0.5, population std sqrt(((1.5)^2 + 3 * 0.5^2) / 4) = 0.8660; group 7 has no spread
-    torch.testing.assert_close(A, torch.tensor([1.7320, -0.5774, -0.5774, -0.5774, 0.0, 0.0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        A, torch.tensor([1.7320, -0.5774, -0.5774, -0.5774, 0.0, 0.0]), atol=1e-4, rtol=0
+    )
 
 
 def test_dapo_loss_clips_by_hand():
