@@ -738,7 +738,7 @@ class Engine:
     # ---- run ----
 
     def run(self, admitted):
-        """Feed all tokens that are not in KV rows yet; logits (M, V) of all tips, as in `active`."""
+        """Feed all tokens that are in no KV row yet; logits (M, V) of all tips, as in `active`."""
         if not admitted:  # the usual step: every request is running
             return self.decode(self.active)
 
@@ -929,7 +929,7 @@ class ModelRunner:
         return self.look(layer, q)
 
     def prefill(self, requests):
-        """Feed whole requests into empty rows, as one padded batch; their tips' logits, (M, V) each."""
+        """Feed whole requests into empty rows, as one batch; logits (M, V) of each one's tips."""
         device = self.model.device
         length = max(len(r.tokens) for r in requests)
         # With branches FlexAttention is compiled for every length, so let the lengths be few.
