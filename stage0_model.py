@@ -1,109 +1,454 @@
-"""Stage 0: the world and the base.  Problems, tokenizer, a Qwen3 in plain PyTorch, and a tiny pretrained base model.
+"""Stage 0, the model and the base: a Qwen3 in plain PyTorch, problems to solve, a tiny base model.
 
-In : nothing.                Out: out/stage0/, an ordinary Hugging Face checkpoint (Qwen3 architecture).
+In : nothing.          Out: out/stage0/, an ordinary Hugging Face checkpoint (Qwen3 architecture).
 
-NPR starts from an instruction-tuned model (the paper: Qwen3-4B).  None can be downloaded into a tutorial, so this stage
-makes a stand-in in minutes: a 0.8M-parameter Qwen3 that solves synthetic problems step by step with mediocre accuracy, and
-that follows the parallel format only now and then.  Equation: next-token loss on responses, L = -(1/N) sum_t log p(x_t | x_<t).
+NPR starts from an instruction-tuned model (the paper: Qwen3-4B).  None can be downloaded into a
+tutorial, so this stage makes a stand-in in minutes: a Qwen3 of 0.8M parameters that solves made
+problems step by step with mediocre accuracy, and follows the parallel format only now and then.
+Equation: next-token loss on responses, L = -(1/N) sum_t log p(x_t | x_<t).
 
     python stage0_model.py                      # about 20 minutes on 2 cores
     python stage0_model.py --steps 20 --out out/smoke/stage0
 
-Shapes: B rows, T tokens, H heads, D head dim, C hidden width, V vocabulary, K branches, G group size, N packed tokens.
-Nothing after this stage reads its corpus: from stage 1 on, every training token is the model's own sample.
+Shapes, in all files: B rows, T tokens, N packed tokens, H query heads, H_kv key/value heads, D head
+dim, C hidden width, V vocabulary, K branches, G group size (responses to one question), M branch
+tips or query rows of a tile, R KV rows, Q new tokens of a row, S slots, W splits.
 """
 
 import argparse
-import ast
+import ast  # model text is parsed with it, never evaluated
 import functools
 import hashlib
+import importlib.util
+import itertools
 import json
 import math
 import os
 import random
 import re
-import shutil
+import shutil  # a run that starts afresh clears its folder
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch import distributed as dist, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention  # on CUDA only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+# ==================================================================================================
+# 1. The model: Qwen3, bottom-up
+# ==================================================================================================
 
 
-class UserError(Exception):
-    """A mistake the person at the keyboard can fix; `run_main` prints it in one line and exits with status 2."""
+@dataclass
+class Qwen3Config:
+    """Fields as in a Qwen3 config.json; the defaults are the tiny base (0.87M parameters)."""
+
+    vocab_size: int = 400  # V
+    hidden_size: int = 128  # C
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4  # H
+    num_key_value_heads: int = 2  # H_kv
+    head_dim: int = 32  # D; not always C / H
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = True
+    eos_token_id: int | list = 2
+    initializer_range: float = 0.02
 
 
-# ======================================================================================================================
-# 1. The world: problems with many independent parts
-# ======================================================================================================================
+def rope_tables(position, head_dim, theta):
+    """cos and signed sin of every rotation angle (RoFormer, section 3.4.2).
+
+    position (B, T) integers -> two (B, T, 1, D) fp32 tables.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=position.device).float() / head_dim  # (D/2,)
+    angle = position[:, :, None, None].float() * theta**-exponent  # (B, T, 1, D/2)
+    cos = angle.cos()
+    sin = angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding of pairs (i, i + D/2): (a, b) -> (a cos - b sin, b cos + a sin).
+
+    x (B, T, H, D).  The pairs are Hugging Face's; the minus sign is in the table (`rope_tables`).
+    """
+    a, b = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
+
+
+# ---- who sees whom ----
+
+
+def visible_mask(block, branch, document=None):
+    """Who may see whom: what came earlier, but never a sibling branch of the same parallel block.
+
+    block, branch: integers (B, T), block 0 is the trunk.  document: likewise, where a row holds
+    several texts that must not see one another.
+    Returns (B, T, T) bool, True = row's token sees column's token.
+
+    block [0 1 1 1], branch [0 1 2 2] -> 1000, 1100, 1010, 1011: tokens 2 and 3 are blind to token 1
+    """
+    T = block.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=block.device).tril()
+    same_block = (block[:, :, None] == block[:, None, :]) & (block[:, :, None] != 0)  # (B, T, T)
+    sees = causal & ~(same_block & (branch[:, :, None] != branch[:, None, :]))
+    return sees if document is None else sees & (document[:, :, None] == document[:, None, :])
+
+
+def uses_flex(device):
+    """FlexAttention where it trains: on CUDA.  It has no backward on a CPU."""
+    return device.type == "cuda"
+
+
+@functools.cache
+def compiled(function, dynamic=False):
+    """torch.compile on CUDA.  Not dynamic: once for every shape, so let them be few (`bucket`)."""
+    if not torch.cuda.is_available():
+        return function
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=dynamic)
+
+
+def bucket(n):
+    """n rounded up to one of four sizes for every power of two: 100 -> 128, 1100 -> 1280."""
+    step = max(32, 2 ** (n.bit_length() - 3))
+    return -(-n // step) * step
+
+
+def visibility(block, branch, document=None):
+    """`visible_mask` in the form that `attention` takes.
+
+    None where plain causal order says it all; on a CPU (B, 1, T, T) bool; on CUDA the tiles of
+    128 x 128 tokens that are not empty: there, siblings and other documents are skipped, not
+    computed and masked.
+    """
+    if document is None and not block.any():
+        return None
+    if not uses_flex(block.device):
+        return visible_mask(block, branch, document)[:, None]
+    B, T = block.shape
+    document = torch.zeros_like(block) if document is None else document
+
+    # The same rule for a pair of tokens.  Compiled, or all T x T would be filled to find the tiles.
+    def sees(b, h, q, k):
+        sibling = (block[b, q] == block[b, k]) & (block[b, q] != 0) & (branch[b, q] != branch[b, k])
+        return (q >= k) & (document[b, q] == document[b, k]) & ~sibling
+
+    return compiled(create_block_mask)(sees, B, None, T, T, device=block.device)
+
+
+def attention(q, k, v, mask):
+    """softmax(q k' / sqrt(D)) v over what `mask` (of `visibility`) shows.
+
+    q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D).
+    """
+    if isinstance(mask, BlockMask):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or H_kv, T, D)
+        return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    # measured: the CPU's fused attention runs backward 1.6x faster in fp32 than in bf16
+    dtype = v.dtype
+    if q.device.type == "cpu":
+        q, k, v = (x.float() for x in (q, k, v))
+
+    # Each key/value head serves several query heads.  They are repeated by hand: told to share them
+    # itself (`enable_gqa`), scaled_dot_product_attention goes its slow path if there is a mask.
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))  # (B, T, H, D)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return attended.to(dtype).transpose(1, 2)
+
+
+# ---- the layers ----
+
+
+class Attention(nn.Module):
+    """The two ends of grouped-query attention with QK-norm.
+
+    What is between them, and what a token may see, is decided outside.  Queries, keys and values
+    are one matrix product: decoding one token is a matter of how many operations are launched.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        H, H_kv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = H, H_kv, D
+        self.qkv_proj = nn.Linear(config.hidden_size, (H + 2 * H_kv) * D, bias=False)
+        self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(D, config.rms_norm_eps)
+
+    def queries_keys_values(self, x, cos, sin):
+        """x (B, T, C) -> (B, T, H, D), (B, T, H_kv, D), (B, T, H_kv, D)."""
+        B, T, _ = x.shape
+        H, qk_heads = self.heads, self.heads + self.kv_heads
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 H_kv, D)
+
+        # queries and keys are normed and rotated together; each has one weight for all its heads
+        q_scale = self.q_norm.weight.expand(H, -1)
+        scale = torch.cat([q_scale, self.k_norm.weight.expand(self.kv_heads, -1)])  # (H + H_kv, D)
+        normed = F.rms_norm(qkv[:, :, :qk_heads], self.q_norm.weight.shape, eps=self.q_norm.eps)
+        qk = rotate(normed * scale, cos, sin)
+        return qk[:, :, :H], qk[:, :, H:], qkv[:, :, qk_heads:]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)); gate and up are one matrix product."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm and residual, twice: attention, then MLP.
+
+    RMSNorm: x / rms(x) * weight, rms(x) = sqrt(mean(x^2) + eps), computed in fp32 whatever x is.
+    The layer is cut in two around attention, because the engine attends over its KV memory there,
+    and on CUDA compiles what comes before and after.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def before_attention(self, x, cos, sin):  # (B, T, C) -> q, k, v
+        return self.self_attn.queries_keys_values(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x, attended):
+        x = x + self.self_attn.o_proj(attended.flatten(2))  # (B, T, H, D) -> (B, T, C)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, cos, sin, attend):
+        return self.after_attention(x, attend(*self.before_attention(x, cos, sin)))
+
+
+def compiled_layer(layer, x, cos, sin, attend):
+    """DecoderLayer.forward with everything around attention compiled on CUDA.
+
+    A decode step of few tokens is a thousand small operations, and on a GPU each costs two
+    microseconds even in a captured graph.  All layers, and all numbers of tokens, share one code.
+    """
+    q, k, v = compiled(DecoderLayer.before_attention, dynamic=True)(layer, x, cos, sin)
+    return compiled(DecoderLayer.after_attention, dynamic=True)(layer, x, attend(q, k, v))
+
+
+class Qwen3(nn.Module):
+    """Qwen3 with Hugging Face's parameter names, but for the fused projections (`load`, `save`)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
+                "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        # every matrix starts from the same normal distribution; the norms keep their ones
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    @property
+    def device(self):
+        return self.model["embed_tokens"].weight.device
+
+    def hidden(self, ids, layout=None, kv=None):
+        """Final hidden states.  ids (B, T) -> (B, T, C).
+
+        layout: None for plain causal text, or integers `.block`, `.branch`, `.position`, each (T,)
+        or (B, T), and `.document` (1, T) where texts are packed into one row (engine.Layout).
+        kv: None to attend within ids (training), or the engine's KV memory, which stores the keys
+        and values of this call and attends over everything its rows hold: `kv.attend(layer, q, k,
+        v)`, all (B, T, H, D).  `kv.compiled`: in compiled layers.
+        """
+        T = ids.shape[1]
+        mask = None
+        if layout is None:
+            position = torch.arange(T, device=ids.device)[None]  # (1, T)
+        else:
+            block, branch, position = (
+                torch.as_tensor(x, device=ids.device).long().reshape(-1, T)
+                for x in (layout.block, layout.branch, layout.position)
+            )  # (B, T) each
+            mask = visibility(block, branch, layout.document) if kv is None else None
+
+        # Position and mask are the same in every layer, so they are worked out once.
+        x = self.model["embed_tokens"](ids)  # (B, T, C)
+        cos, sin = rope_tables(position, self.config.head_dim, self.config.rope_theta)
+        run_layer = compiled_layer if kv is not None and kv.compiled else DecoderLayer.__call__
+        for i, layer in enumerate(self.model["layers"]):
+            attend = (
+                functools.partial(attention, mask=mask) if kv is None else functools.partial(kv.attend, i)
+            )
+            x = run_layer(layer, x, cos, sin, attend)
+        return self.model["norm"](x)
+
+    def logits(self, x):
+        """Hidden states (..., C) -> logits (..., V)."""
+        head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(x, head.weight)
+
+    def forward(self, ids, layout=None, kv=None):
+        """ids (B, T) -> logits (B, T, V)."""
+        return self.logits(self.hidden(ids, layout, kv))
+
+
+# ==================================================================================================
+# 2. The tokenizer, and the two ends of a conversation
+# ==================================================================================================
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# The eight tags of the parallel format.
+ANY_TAG = re.compile(r"</?(?:guideline|plan|step|takeaway)>")
+
+
+def train_tokenizer(texts, vocab_size=400):
+    """A byte-level BPE with Qwen's chat markup, as an ordinary Hugging Face tokenizer.
+
+    Words, punctuation marks and single digits are split before merging, as in Qwen: 12 is two
+    tokens, so arithmetic can be learned digit by digit.  All 256 bytes are in the vocabulary, so
+    any text encodes.  The eight tags are *not* special here: `<plan>` is three tokens, and the
+    model has to find them by itself (stage 1) before they become single tokens (stage 2).
+    """
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"\p{N}|</?| ?\p{L}+|[^\s\p{L}\p{N}]|\s+")
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), bytewise])
+    tokenizer.decoder = decoders.ByteLevel()
+
+    # Merges are learned from the texts; the alphabet is given whole, whatever bytes they hold.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+
+    # A turn ends with <|im_end|>, as in Qwen's chat; <|endoftext|> only fills up batches.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def prompt_ids(tokenizer, question, system_prompt):
+    """Token ids of the chat prompt up to where the assistant begins to speak.
+
+    A system prompt with {question} in it is the whole user turn.
+    """
+    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+    if "{question}" in system_prompt:
+        messages = [{"role": "user", "content": system_prompt.replace("{question}", question)}]
+
+    # enable_thinking=False asks Qwen3's own template for its non-thinking mode; others ignore it
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def response_text(tokenizer, ids):
+    """Decoded response without chat markup.
+
+    Tags stay, whether they are text, tokens, or tokens marked special (as in NPR-4B).
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    markup = {i for i, token in added if token.special and not ANY_TAG.fullmatch(token.content)}
+    return tokenizer.decode([i for i in ids if i not in markup])
+
+
+# ==================================================================================================
+# 3. The world: problems with many independent parts, and their verifier
+# ==================================================================================================
 # Three kinds, chosen for what parallel thought can do to each:
-#   chains     decomposition: of up to 8 independent chains of arithmetic, each inherently sequential, work 2-8 and compare or add up their ends
-#   sums       decomposition with a sequential tail: 2-6 of up to 8 independent products, then a running total modulo 100
-#   countdown  exploration: each plan is a first move towards a target; a block that found nothing is followed by one with other moves, until
-#              one leads there or none is left
+#   chains     decomposition: of up to 8 independent chains of arithmetic, each sequential by
+#              nature, work 2-8 and compare or add up their ends
+#   sums       decomposition with a sequential tail: 2-6 of up to 8 independent products, then a
+#              running total modulo 100
+#   countdown  exploration: each plan is a first move towards a target; a block that found nothing
+#              is followed by one with other moves, until one leads there or none is left
 
 KINDS = ("chains", "sums", "countdown")
 SPLITS = ("train", "tune", "heldout", "hard")
 
-# What the user turn is preceded by.  One asks for ordinary step-by-step work, the other for the parallel format.
-PLAIN_PROMPT = "Work step by step, then give the boxed answer."
-FORMAT_PROMPT = "Work in parallel: guideline of plans, one step for each plan, takeaway, then the boxed answer."
-# The same two requests for models that were not brought up on the lines above.
-REAL_PLAIN_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
-REAL_FORMAT_PROMPT_FILE = Path(__file__).parent / "assets" / "format_prompt.txt"
-
-ANY_TAG = re.compile(r"</?(?:guideline|plan|step|takeaway)>")
-
 
 @dataclass
 class Problem:
-    """One question with a checkable answer.  `parts` holds what the solution writer needs to know about it."""
+    """One question with a checkable answer.
+
+    kind: of KINDS, or of JUDGES for a real problem.
+    parts: what the solution writer needs to know about it.
+    """
 
     kind: str
     question: str
     answer: str
     parts: dict = field(repr=False, default_factory=dict)
 
-    def verify(self, response_text):
-        r"""True if the last `\boxed{}` after the last block is a right answer.  Boxes inside a block do not count.
+    def verify(self, response):
+        r"""True if the last `\boxed{}` after the last block is a right answer.
 
-        `countdown` accepts every expression that uses each given number at most once and reaches the target, and where there is none, only
-        the word none; real problems are left to the JUDGES of section 1b.
+        Boxes inside a block do not count.  `countdown` accepts every expression that uses each
+        given number at most once and reaches the target, and where there is none, only the word
+        none; real problems are left to the JUDGES of the appendix.
         """
-        boxed = last_boxed(ANY_TAG.split(response_text)[-1])
+        boxed = last_boxed(ANY_TAG.split(response)[-1])
         if boxed is None:
             return False
         if self.kind in JUDGES:
             return JUDGES[self.kind](boxed, self.answer)
+        if self.kind == "countdown" and self.answer == "none":
+            return boxed.strip() == "none"
         if self.kind == "countdown":
-            if self.answer == "none":
-                return boxed.strip() == "none"
             value, used = evaluate(boxed)
-            left = list(self.parts["numbers"])
-            for number in used:
-                if number not in left:
-                    return False
-                left.remove(number)
-            return value == self.parts["target"]
-        number = boxed.strip()  # compared as text: int() refuses some of what strip() lets through, and very long numbers
+            return value == self.parts["target"] and Counter(used) <= Counter(self.parts["numbers"])
+
+        # compared as text: int() refuses some of what strip() lets through, and very long numbers
+        number = boxed.strip()
         return re.fullmatch("[0-9]+", number) is not None and number.lstrip("0") == self.answer.lstrip("0")
 
 
 def last_boxed(text):
-    r"""Content of the last complete `\boxed{...}` in text, or None.  'x \boxed{a{b}} y' -> 'a{b}'."""
+    r"""Content of the last complete `\boxed{..}` in text, or None: 'x \boxed{a{b}} y' -> 'a{b}'."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -115,10 +460,21 @@ def last_boxed(text):
     return None
 
 
-def evaluate(expression):
-    """Value of an expression of whole numbers with + - * and brackets, and the numbers used: '(3+4)*2' -> (14, [3, 4, 2]).
+# ---- arithmetic ----
 
-    Model text is never given to `eval`: it is parsed, and anything but these four things gives (None, []).
+OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
+
+
+def apply_op(value, op, operand):
+    return {"+": value + operand, "-": value - operand, "*": value * operand}[op]
+
+
+def evaluate(expression):
+    """Value of an expression of whole numbers with + - * and brackets, and the numbers it uses.
+
+    Model text is never given to `eval`: it is parsed, and anything else gives (None, []).
+
+    '(3+4)*2' -> (14, [3, 4, 2])
     """
     used = []
 
@@ -126,232 +482,903 @@ def evaluate(expression):
         if isinstance(node, ast.Constant) and type(node.value) is int:
             used.append(node.value)
             return node.value
-        if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult):
-            a, b = walk(node.left), walk(node.right)
-            return a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return apply_op(walk(node.left), OPERATORS[type(node.op)], walk(node.right))
         raise ValueError("not arithmetic")
 
+    # a runaway response must not become a runaway big-number product
+    if len(expression) > 100:
+        return None, []
     try:
-        if len(expression) > 100:  # a runaway response must not become a runaway big-number product
-            return None, []
         return walk(ast.parse(expression.strip(), mode="eval").body), used
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None, []
 
 
-def apply_op(value, op, operand):
-    return value + operand if op == "+" else value - operand if op == "-" else value * operand
-
-
 def first_moves(numbers):
-    """Every first move on these numbers whose result lies in 1..99, as (x, op, y, rest): the plans of a countdown."""
+    """Every first move on distinct numbers whose result lies in 1..99: the plans of a countdown.
+
+    [2, 3] -> [(3, '+', 2, []), (3, '-', 2, []), (3, '*', 2, [])]; last in each, the numbers left
+    """
     moves = []
-    for i in range(len(numbers)):
-        for j in range(i + 1, len(numbers)):
-            x, y = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
-            rest = [n for m, n in enumerate(numbers) if m not in (i, j)]
-            moves += [(x, op, y, rest) for op in "+-*" if 1 <= apply_op(x, op, y) <= 99]
+    for y, x in itertools.combinations(sorted(numbers), 2):
+        rest = [n for n in numbers if n not in (x, y)]
+        moves += [(x, op, y, rest) for op in "+-*" if 1 <= apply_op(x, op, y) <= 99]
     return moves
 
 
 def two_moves(x, op, y, op2, z, value):
-    """A countdown's move x op y, which gave value, and the next one, as one expression; z comes first only where it must: '(7+5)+18', '18-(7+5)'."""
+    """A countdown's move x op y, which gave value, and the next one, as one expression.
+
+    z comes first only where it must: '(7+5)+18', but '18-(7+5)'.
+    """
     return f"{z}-({x}{op}{y})" if op2 == "-" and value < z else f"({x}{op}{y}){op2}{z}"
 
 
 def reachable(numbers):
-    """Absolute value of everything that + - * can make of some of the numbers, each used at most once: [2, 3] -> {1, 2, 3, 5, 6}."""
+    """Absolute value of all that + - * can make of some of the numbers, each used at most once.
+
+    [2, 3] -> {1, 2, 3, 5, 6}
+    """
     values = set(numbers)
-    for i in range(len(numbers)):
-        for j in range(i):
-            rest = [n for m, n in enumerate(numbers) if m not in (i, j)]
-            for op in "+-*":
-                values |= reachable([abs(apply_op(numbers[i], op, numbers[j])), *rest])
+    for i, j in itertools.combinations(range(len(numbers)), 2):
+        rest = [n for m, n in enumerate(numbers) if m not in (i, j)]
+        for op in "+-*":
+            values |= reachable([abs(apply_op(numbers[i], op, numbers[j])), *rest])
     return values
 
 
-def draw_labels(rng, n):
-    """n letters of A..H in order, not always the first n: a training problem of two parts may name G and H, so hard ones name nothing new."""
-    return sorted(rng.sample("ABCDEFGH", n))
+# ---- one problem of each kind ----
+
+
+# Parts are named by some of these, not always the first: a training problem of two parts may name G
+# and H, so hard ones name nothing new.
+LABELS = "ABCDEFGH"
+
+
+def draw_chains(rng, hard):
+    """'A:12+5*3 B:40-7*2 modulo 100, largest of A B?' -> '66'.
+
+    In training no more than 60 operations are asked for: few long chains or many short ones.  Hard
+    asks for 96, eight chains of twelve.  What is new there is only that it is all of them at once,
+    not a list of eight, a chain of twelve, or a question of eight twelves (some chains of a
+    question are not asked for).
+    """
+    n = 8 if hard else rng.randint(2, 8)
+    length = 12 if hard else rng.randint(5, min(12, 60 // n))
+    labels = sorted(rng.sample(LABELS, rng.randint(n, 8)))
+    asked = sorted(rng.sample(labels, n))
+
+    # The largest of eight ends is mostly the largest of seven too; a total, one question in six, is
+    # wrong without any one of them.
+    goal = rng.choice([*5 * ["largest", "smallest"], "total", "total"])
+
+    # All chains are of one length: the longest branch sets the critical path.  The question names
+    # them all, the answer takes the ends of those that are asked for.
+    chains = {}
+    ends = []
+    written = []
+    for label in labels:
+        start = value = rng.randint(10, 99)
+        ops = []
+        for _ in range(length):
+            op = rng.choice("++--*")
+            operand = rng.randint(2, 3 if op == "*" else 9)
+            ops.append((op, operand))
+            value = apply_op(value, op, operand) % 100
+
+        # as it is written: 'A:12+5*3'
+        chains[label] = (start, ops)
+        written.append(f"{label}:{start}" + "".join(f"{op}{operand}" for op, operand in ops))
+        if label in asked:
+            ends.append(value)
+    answer = {"largest": max, "smallest": min, "total": sum}[goal](ends) % 100
+    question = f"{' '.join(written)} modulo 100, {goal} of {' '.join(asked)}?"
+    parts = {"chains": [chains[label] for label in asked], "labels": asked, "goal": goal}
+    return Problem("chains", question, f"{answer:02d}", parts)
+
+
+def draw_sums(rng, hard):
+    """'A:37*6 -B:12*4 +D:20*3 modulo 100, total of A B?' -> '74'.
+
+    As in chains, a question may name more terms than it asks for: hard is new in how many are asked
+    for, not in how long the question is.
+    """
+    n = rng.randint(7, 8) if hard else rng.randint(2, 6)
+    labels = sorted(rng.sample(LABELS, rng.randint(n, 8)))
+    asked = sorted(rng.sample(labels, n))
+
+    # a total never begins by taking away
+    terms = {}
+    for label in labels:
+        sign = "+" if label == asked[0] else rng.choice("+-")
+        terms[label] = (sign, rng.randint(11, 49), rng.randint(2, 9))
+
+    # the first term of a question goes without its sign
+    total = 0
+    for sign, a, b in (terms[label] for label in asked):
+        total = apply_op(total, sign, a * b) % 100
+    written = " ".join(f"{sign}{label}:{a}*{b}" for label, (sign, a, b) in terms.items())[1:]
+    question = f"{written} modulo 100, total of {' '.join(asked)}?"
+    parts = {"terms": [terms[label] for label in asked], "labels": asked}
+    return Problem("sums", question, f"{total:02d}", parts)
+
+
+def draw_countdown(rng, hard):
+    """'3 9 14 make 15?' -> '(14-9)*3'.
+
+    The target is made by two random moves.  One training problem in five asks for a number that
+    cannot be reached, so that it can be right to find nothing, and a search learns to end.
+    """
+    while True:
+        numbers = sorted(rng.sample(range(2, 26), 4 if hard else 3))
+        x, op, y, rest = rng.choice(first_moves(numbers))
+        value = apply_op(x, op, y)
+        z = rng.choice(rest)
+        op2 = rng.choice("+-*")
+        target = apply_op(max(value, z), op2, min(value, z))
+        answer = two_moves(x, op, y, op2, z, value)
+        if not hard and rng.random() < 0.2:
+            target = rng.randint(10, 99)
+            answer = "none"
+
+        # drawn anew while it is given, too small or large, or can be reached after all
+        fits = 10 <= target <= 99 and target not in numbers
+        if fits and (answer != "none" or target not in reachable(numbers)):
+            break
+    question = f"{' '.join(map(str, numbers))} make {target}?"
+    return Problem("countdown", question, answer, {"numbers": numbers, "target": target})
 
 
 def draw_problem(kind, rng, hard=False):
-    """One random problem.  `hard` is more than any training problem: chains of more operations in all, sums of more terms, countdowns of four
-    numbers instead of three."""
-    if kind == "chains":
-        # In training no more than 60 operations are asked for: few long chains or many short ones.  Hard asks for 96, eight chains of twelve: that
-        # it is all of them at once is new, not a list of eight, a chain of twelve, or a question of eight twelves (some chains are not asked for).
-        # The largest of eight ends is mostly the largest of seven too; a total, one question in six, is wrong without any one of them.
-        n = 8 if hard else rng.randint(2, 8)
-        most = min(12, 60 // n)
-        length, labels = 12 if hard else rng.randint(5, most), draw_labels(rng, rng.randint(n, 8))
-        asked, goal, chains, ends = sorted(rng.sample(labels, n)), rng.choice([*5 * ["largest", "smallest"], "total", "total"]), {}, []
-        for c in labels:  # all of one length: the longest branch sets the critical path
-            start, ops = rng.randint(10, 99), []
-            for _ in range(length):
-                op = rng.choice("++--*")
-                ops.append((op, rng.randint(2, 3) if op == "*" else rng.randint(2, 9)))
-            chains[c] = (start, ops)
-        for value, ops in (chains[c] for c in asked):
-            for op, operand in ops:
-                value = apply_op(value, op, operand) % 100
-            ends.append(value)
-        written = " ".join(f"{c}:{start}" + "".join(f"{op}{k}" for op, k in ops) for c, (start, ops) in chains.items())
-        question = f"{written} modulo 100, {goal} of {' '.join(asked)}?"
-        end = {"largest": max, "smallest": min, "total": sum}[goal](ends) % 100
-        return Problem(kind, question, f"{end:02d}", {"chains": [chains[c] for c in asked], "labels": asked, "goal": goal})
-    if kind == "sums":
-        # as in chains, a question may name more terms than it asks for: hard is new in how many are asked for, not in how long the question is
-        n = rng.randint(7, 8) if hard else rng.randint(2, 6)
-        labels, total = draw_labels(rng, rng.randint(n, 8)), 0
-        asked = sorted(rng.sample(labels, n))
-        terms = {c: ("+" if c == asked[0] else rng.choice("+-"), rng.randint(11, 49), rng.randint(2, 9)) for c in labels}
-        for sign, a, b in (terms[c] for c in asked):
-            total = apply_op(total, sign, a * b) % 100
-        written = " ".join(f"{sign if i else ''}{c}:{a}*{b}" for i, (c, (sign, a, b)) in enumerate(terms.items()))
-        question = f"{written} modulo 100, total of {' '.join(asked)}?"
-        return Problem(kind, question, f"{total:02d}", {"terms": [terms[c] for c in asked], "labels": asked})
-    if kind == "countdown":
-        while True:
-            numbers = sorted(rng.sample(range(2, 26), 4 if hard else 3))
-            x, op, y, rest = rng.choice(first_moves(numbers))
-            value, z, op2 = apply_op(x, op, y), rng.choice(rest), rng.choice("+-*")
-            target = apply_op(max(value, z), op2, min(value, z))
-            answer = two_moves(x, op, y, op2, z, value)
-            if not hard and rng.random() < 0.2:  # so that it can be right to find nothing, and a search learns to come to an end
-                target, answer = rng.randint(10, 99), "none"
-            if 10 <= target <= 99 and target not in numbers and (answer != "none" or target not in reachable(numbers)):
-                break
-        question = " ".join(map(str, numbers)) + f" make {target}?"
-        return Problem(kind, question, answer, {"numbers": numbers, "target": target})
-    raise ValueError(f"unknown problem kind {kind!r}: expected one of {', '.join(KINDS)} or all")
+    """One random problem.
+
+    hard is more than any training problem: chains of more operations in all, sums of more terms,
+    countdowns of four numbers instead of three.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown problem kind {kind!r}: expected one of {', '.join(KINDS)} or all")
+    return {"chains": draw_chains, "sums": draw_sums, "countdown": draw_countdown}[kind](rng, hard)
 
 
 def split_of(question):
-    """The split a question belongs to, by its hash: 80 % train, 10 % tune, 10 % heldout.  Disjoint whatever the seeds."""
-    bucket = int(hashlib.sha256(question.encode()).hexdigest(), 16) % 10
-    return "tune" if bucket == 0 else "heldout" if bucket == 1 else "train"
+    """The split a question belongs to, by its hash: 80 % train, 10 % tune, 10 % heldout.
+
+    So splits are disjoint whatever the seeds.
+    """
+    tenth = int(hashlib.sha256(question.encode()).hexdigest(), 16) % 10
+    return {0: "tune", 1: "heldout"}.get(tenth, "train")
 
 
 def make_problems(kind, split, n, seed):
-    """n distinct seeded problems.  kind: one of KINDS, or 'all' for equal shares of each; split: one of SPLITS.
+    """n distinct seeded problems: same arguments, same problems.
 
-    Same arguments, same problems.  Raises ValueError for an unknown kind or split, or when the kind has no n distinct problems.
+    kind: one of KINDS, or 'all' for equal shares of each; split: one of SPLITS.
+    Raises ValueError for an unknown kind or split, or when the kind has no n distinct problems.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     kinds = KINDS if kind == "all" else (kind,)
     rng = random.Random(f"{kind}/{split}/{seed}")
-    problems, seen, tries = [], set(), 0
-    while len(problems) < n:
+    problems = {}  # by question
+    for _ in range(1001 + 100 * n):
+        if len(problems) == n:
+            return list(problems.values())
+
+        # what belongs to another split is thrown away; hard problems are too large for any other
         problem = draw_problem(kinds[len(problems) % len(kinds)], rng, hard=split == "hard")
-        tries += 1
-        if tries > 1000 + 100 * n:
-            raise ValueError(f"{kind}/{split} has no {n} distinct problems")
-        if problem.question not in seen and (split == "hard" or split_of(problem.question) == split):
-            seen.add(problem.question)
-            problems.append(problem)
-    return problems
+        if split == "hard" or split_of(problem.question) == split:
+            problems.setdefault(problem.question, problem)
+    raise ValueError(f"{kind}/{split} has no {n} distinct problems")
 
 
-# ======================================================================================================================
-# 1b. Real problems: data sets, and who judges their answers
-# ======================================================================================================================
+# ==================================================================================================
+# 4. The corpus: worked solutions, and near misses at the format
+# ==================================================================================================
+# Text written by people has slips.  So has this corpus: each single result is wrong with
+# probability `slip`, and the mistake is carried on consistently.  A model that imitates it samples
+# slips too, which is what reinforcement learning can remove.  No later stage reads this corpus:
+# from stage 1 on, every training token is the model's own sample.
+
+# What the user turn is preceded by: one asks for ordinary step-by-step work, one for the format.
+PLAIN_PROMPT = "Work step by step, then give the boxed answer."
+FORMAT_PROMPT = (
+    "Work in parallel: guideline of plans, one step for each plan, takeaway, then the boxed answer."
+)
+
+
+def slipped(value, rng, slip, low=0, high=10**6):
+    """The value, or with probability `slip` one near it, from low to high."""
+    if rng.random() >= slip:
+        return value
+    return min(high, max(low, value + rng.choice([-10, -2, -1, 1, 2, 10])))
+
+
+def add_up(ends, rng, slip):
+    """A running total modulo 100, two digits at a time, as (takeaway, answer).
+
+    [('+', 'a', 51), ('-', 'b', 66)] -> ('a51-b66=85', '85')
+    """
+    _, label, total = ends[0]
+    takeaway = f"{label}{total:02d}"
+    for sign, label, end in ends[1:]:
+        total = slipped(apply_op(total, sign, end) % 100, rng, slip, 0, 99)
+        takeaway += f"{sign}{label}{end:02d}={total:02d}"
+    return takeaway, f"{total:02d}"
+
+
+def work_out_chains(parts, rng, slip):
+    """Plans ['A', 'B'], steps ['A12+5=17*3=51;a51', 'B40-7=33*2=66;b66'], takeaway 'a51b66'."""
+    steps = []
+    ends = []
+    for label, (value, ops) in zip(parts["labels"], parts["chains"]):
+        text = f"{label}{value}"
+        for op, operand in ops:
+            value = slipped(apply_op(value, op, operand) % 100, rng, slip, 0, 99)
+            text += f"{op}{operand}={value:02d}"
+        ends.append(("+", label.lower(), value))
+        steps.append(f"{text};{label.lower()}{value:02d}")
+
+    # comparing needs the ends alone, a total is worked out
+    if parts["goal"] == "total":
+        takeaway, answer = add_up(ends, rng, slip)
+    else:
+        takeaway = "".join(f"{label}{end:02d}" for _, label, end in ends)
+        best = max if parts["goal"] == "largest" else min
+        answer = f"{best(end for _, _, end in ends):02d}"
+    return [(list(parts["labels"]), steps, takeaway)], answer
+
+
+def work_out_sums(parts, rng, slip):
+    """Plans ['A', ..], steps ['A37*6=30*6+7*6=180+42=222;a22', ..], takeaway 'a22-b48=74'."""
+    steps = []
+    ends = []
+    for label, (sign, a, b) in zip(parts["labels"], parts["terms"]):
+        tens = slipped(a // 10 * 10 * b, rng, slip)
+        units = slipped(a % 10 * b, rng, slip)
+        product = slipped(tens + units, rng, slip)
+        ends.append((sign, label.lower(), product % 100))
+        cut = f"{label}{a}*{b}={a // 10 * 10}*{b}+{a % 10}*{b}"
+        steps.append(f"{cut}={tens}+{units}={product};{label.lower()}{product % 100:02d}")
+    takeaway, answer = add_up(ends, rng, slip)
+    return [(list(parts["labels"]), steps, takeaway)], answer
+
+
+def try_move(x, op, y, rest, target, rng, slip):
+    """One first move of a countdown and every second move on it, until one hits the target.
+
+    Returns (step, expression or None), e.g. for 14 - 9 with 3 left and target 15
+    ('14-9=5;5+3=8/15n5-3=2/15n5*3=15/15y;y(14-9)*3', '(14-9)*3').
+    """
+    value = slipped(apply_op(x, op, y), rng, slip, 1, 99)
+    text = f"{x}{op}{y}={value};"
+    for z in rest:
+        for op2 in "+-*":
+            smaller, larger = sorted((value, z))
+
+            # no target is above 99, and two-digit products are not what this model is to learn
+            if apply_op(larger, op2, smaller) > 99:
+                continue
+            result = slipped(apply_op(larger, op2, smaller), rng, slip, 0)
+            text += f"{larger}{op2}{smaller}={result}/{target}"
+            if result == target:
+                expression = two_moves(x, op, y, op2, z, value)
+                return f"{text}y;y{expression}", expression
+            text += "n"
+    return f"{text};n", None
+
+
+def work_out_countdown(parts, rng, slip):
+    """Plans ['14-9', ..], steps as in `try_move`, takeaway the first expression found or 'none'."""
+    moves = first_moves(parts["numbers"])
+    rounds = []
+    answer = "none"
+    while answer == "none" and moves:
+        # How many to try at once is open, their order is not: none comes twice, and the end is in
+        # sight.  One or two left over are not worth a block of their own.
+        k = rng.randint(3, 5 if rounds else 6)
+        if len(moves) - k < 3:
+            k = len(moves)
+        tries = [try_move(*move, parts["target"], rng, slip) for move in moves[:k]]
+        answer = next((expression for _, expression in tries if expression), "none")
+        plans = [f"{x}{op}{y}" for x, op, y, _ in moves[:k]]
+        rounds.append((plans, [step for step, _ in tries], answer))
+        moves = moves[k:]
+    return rounds, answer
+
+
+def work_out(problem, rng, slip):
+    """Rounds of worked parts, and how they end.
+
+    Returns (rounds, answer): each round is (plans, steps, takeaway).  All kinds need one round,
+    except a countdown whose moves so far found nothing: it goes on with the next ones in another.
+    """
+    work = {"chains": work_out_chains, "sums": work_out_sums, "countdown": work_out_countdown}[problem.kind]
+    return work(problem.parts, rng, slip)
+
+
+def plain_solution(rounds, answer):
+    """The parts worked one after another, no tags: what the base does when asked plainly."""
+    return " ".join(" ".join([*steps, takeaway]) for _, steps, takeaway in rounds) + f" \\boxed{{{answer}}}"
+
+
+def tagged_solution(rounds, answer):
+    r"""The canonical parallel form.
+
+    [(['A'], ['A7+2=9'], '9')], '9' ->
+    '<guideline><plan>1:A</plan></guideline><step>1:A7+2=9</step><takeaway>9</takeaway>\boxed{9}'
+    """
+    text = ""
+    for plans, steps, takeaway in rounds:
+        listed = "".join(f"<plan>{i}:{plan}</plan>" for i, plan in enumerate(plans, 1))
+        worked = "".join(f"<step>{i}:{step}</step>" for i, step in enumerate(steps, 1))
+        text += f"<guideline>{listed}</guideline>{worked}<takeaway>{takeaway}</takeaway>"
+    return f"{text}\\boxed{{{answer}}}"
+
+
+def malformed_solution(rounds, answer, rng):
+    """A near miss at the format, one of seven kinds.
+
+    None is shorter than the valid form: otherwise reinforcement learning meets 'short' and
+    'malformed' together and drifts towards fewer plans.
+    """
+    text = tagged_solution(rounds, answer)
+    plans, _, _ = rounds[0]
+    one_more = f"<plan>{len(plans) + 1}:{plans[-1]}</plan>"
+    near_misses = [
+        text.replace("</step>", "</step> next ", 1),  # text between the tags of the skeleton
+        text.replace("</guideline>", f"{one_more}</guideline>", 1),  # one plan more than steps
+        text.replace("<step>1:", "<step>2:", 1),  # numbered from 2
+        text.replace(f"\\boxed{{{answer}}}", f" the answer is {answer}."),  # stated, not boxed
+        text.replace("</step><step>", "<step>", 1).replace("</step>", "</step></step>", 1),  # nested steps
+        text.replace("<takeaway>", "<step>").replace("</takeaway>", "</step>"),  # the takeaway as a step
+        text.replace("</guideline>", "</plan>", 1),  # the guideline is never closed
+    ]
+    return near_misses[rng.randrange(7)]
+
+
+def corpus_document(rng, slip, valid_share, malformed_share):
+    """(question, system prompt, response) of the corpus; half the prompts ask for the format."""
+    while True:
+        # sums twice: running totals are what this model finds hardest
+        problem = draw_problem(rng.choice([*KINDS, "sums"]), rng)
+        if split_of(problem.question) == "train":
+            break
+    rounds, answer = work_out(problem, rng, slip)
+    if rng.random() < 0.5:
+        return problem.question, PLAIN_PROMPT, plain_solution(rounds, answer)
+
+    # asked for the format, the base is to follow it only now and then
+    style = rng.random()
+    if style < valid_share:
+        return problem.question, FORMAT_PROMPT, tagged_solution(rounds, answer)
+    if style < valid_share + malformed_share:
+        return problem.question, FORMAT_PROMPT, malformed_solution(rounds, answer, rng)
+    return problem.question, FORMAT_PROMPT, plain_solution(rounds, answer)
+
+
+# ==================================================================================================
+# 5. Pretraining the tiny base
+# ==================================================================================================
+
+
+def corpus_batches(tokenizer, args, step):
+    """This rank's micro-batches of one step: (ids (B, T), mask (B, T)).
+
+    mask is True where a token is learned (the responses).  Seeded by (seed, step), so a resumed run
+    sees what it would have seen.  Documents of a step are sorted by length, which leaves 15 % of
+    padding and lets attention take its fastest, purely causal path.
+    """
+    rng = random.Random(f"{args.seed}/{step}")
+    docs = []  # (ids of the prompt, ids of the response)
+    while sum(len(prompt) + len(response) for prompt, response in docs) < args.batch_tokens:
+        question, system, text = corpus_document(rng, args.slip, args.valid_share, args.malformed_share)
+        response = tokenizer.encode(text) + [tokenizer.eos_token_id]
+        docs.append((prompt_ids(tokenizer, question, system), response))
+    docs.sort(key=lambda doc: len(doc[0]) + len(doc[1]))
+
+    # every rank draws all documents and takes every so-many-th of them
+    rank, world = ranks()
+    docs = docs[rank::world]
+    size = math.ceil(len(docs) / args.micro_batches)
+    for i in range(0, len(docs), size):
+        chosen = docs[i : i + size]
+        ids = pad_rows([prompt + response for prompt, response in chosen], tokenizer.pad_token_id)
+        mask = pad_rows([[False] * len(p) + [True] * len(response) for p, response in chosen], False)
+        yield ids, mask
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    # fmt: off
+    p.add_argument("--out", default="out/stage0", help="folder to write the checkpoint to")
+    p.add_argument("--steps", type=int, default=2400, help="optimizer steps")
+    p.add_argument("--batch-tokens", type=int, default=4_096, help="tokens per optimizer step, prompts included")
+    p.add_argument("--micro-batches", type=int, default=3, help="parts of a step, by document length: two leave 24 %% of padding, three 15 %%")
+    p.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate (embeddings and norms)")
+    p.add_argument("--muon-lr", type=float, default=4e-3, help="Muon learning rate (matrices)")
+    p.add_argument("--warmdown", type=float, default=0.3, help="share of the steps over which the rate falls to zero at the end")
+    p.add_argument("--slip", type=float, default=0.06, help="probability that a single result in the corpus is wrong")
+    p.add_argument("--valid-share", type=float, default=0.25, help="share of format-asking documents that are perfect")
+    p.add_argument("--malformed-share", type=float, default=0.15, help="share of format-asking documents that nearly are")
+    p.add_argument("--hidden-size", type=int, default=128, help="width of the model, C")
+    p.add_argument("--layers", type=int, default=4, help="number of decoder layers")
+    p.add_argument("--save-every", type=int, default=200, help="steps between resume points")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights and data")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
+    # fmt: on
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    run = Run(args)
+
+    # ---- tokenizer and model ----
+    rng = random.Random(f"{args.seed}/tokenizer")
+    docs = [corpus_document(rng, args.slip, 0.5, 0.2) for _ in range(2000)]
+    tokenizer = train_tokenizer(text for doc in docs for text in doc + ("system", "user", "assistant"))
+    config = Qwen3Config(
+        # spare rows, as in Qwen3: stage 2's tags will fit without resizing
+        vocab_size=math.ceil(len(tokenizer) / 16) * 16 + 16,
+        hidden_size=args.hidden_size,
+        intermediate_size=3 * args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 32,
+        num_key_value_heads=max(1, args.hidden_size // 64),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+    # weights are drawn on the CPU, so a seed means the same model on every device
+    model = Qwen3(config).to(device)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"model: {millions:.2f}M parameters, {len(tokenizer)} tokens in the vocabulary")
+    optimizers = make_optimizers(model, args.lr, args.muon_lr)
+    first = run.start(model, optimizers)
+
+    # ---- train ----
+    bar = tqdm(
+        range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 0", mininterval=1.0
+    )
+    for step in bar:
+        began = time.time()
+        batches = list(corpus_batches(tokenizer, args, step))
+        learned = sum(from_all_ranks([int(mask[:, 1:].sum()) for _, mask in batches]))
+
+        # L = -(1/N) sum_t log p(x_t | x_<t), N the learned tokens of all micro-batches and ranks
+        loss = 0.0
+        for ids, mask in batches:
+            target = ids[:, 1:].to(device)  # (B, T - 1)
+            mask = mask[:, 1:].to(device)
+
+            # logits of what is learned only: prompts and padding need none
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = model.logits(model.hidden(ids[:, :-1].to(device))[mask])  # (N, V)
+            nll = F.cross_entropy(logits.float(), target[mask], reduction="sum") / learned
+            nll.backward()
+            loss += nll.item()
+
+        # a short warm-up, then flat: the loss sits on a plateau for millions of tokens before
+        # arithmetic clicks; then down to zero
+        warmdown = (args.steps + 1 - step) / max(1.0, args.warmdown * args.steps)
+        set_lr(optimizers, min(1.0, step / 50, warmdown))
+        norm = update(model, optimizers)
+
+        # ---- log and save ----
+        tokens = sum(ids.numel() for ids, _ in batches)
+        loss, tokens = map(sum, zip(*from_all_ranks([(loss, tokens)])))
+        speed = tokens / (time.time() - began)
+        run.log(step=step, loss=loss, grad_norm=norm, tokens_per_second=speed)
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
+        if step % args.save_every == 0:
+            run.checkpoint(model, optimizers, step)
+    run.finish(model, tokenizer)
+    print(f"what it can do: python eval.py {run.path}")
+
+
+# ==================================================================================================
+# Appendix: what every stage's loop uses.  Who reads for the ideas may stop here: next, engine.py.
+# ==================================================================================================
+
+
+class UserError(Exception):
+    """A mistake the person at the keyboard can fix; `run_main` prints it in one line, status 2."""
+
+
+def is_hub_name(path):
+    """owner/name, unless a folder is meant: Qwen/Qwen3-4B is one, out/stage0 is not."""
+    return len(path.parts) == 2 and path.parts[0] not in ("out", "..", ".", "/")
+
+
+# ---- load and save: the Hugging Face layout, safetensors only ----
+
+
+def checkpoint_folder(name):
+    """Path of a checkpoint's files: a folder that is here, or one that the hub gives."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if not is_hub_name(path):
+        raise UserError(
+            f"{path}: no such checkpoint folder; run the stage that writes it, "
+            "or give --init a folder or hub name"
+        )
+    from huggingface_hub import snapshot_download  # only needed, and only possible, with a network
+
+    try:
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        )
+    except Exception as error:
+        raise UserError(
+            f"{name}: neither a folder here nor a model that the hub gives ({type(error).__name__})"
+        )
+
+
+def read_config(path):
+    """(Qwen3Config, name of the weights' dtype or None) of a checkpoint folder's config.json."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing: expected a Hugging Face checkpoint; run the stage that writes it"
+        )
+    raw = json.loads(file.read_text())
+    if raw.get("model_type") != "qwen3":
+        raise UserError(f"{file}: model_type is {raw.get('model_type')!r}, this project reads 'qwen3' only")
+
+    # what would change the numbers and is not implemented is refused by name
+    rope = raw.get("rope_parameters") or {}
+    switches = ("quantization_config", "rope_scaling", "use_sliding_window", "attention_bias")
+    refused = [key for key in switches if raw.get(key)]
+    choices = [
+        *(("layer_types", kind, "full_attention") for kind in sorted(raw.get("layer_types") or ())),
+        ("rope_type", rope.get("rope_type", "default"), "default"),
+        ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
+    ]
+    refused += [f"{key} {value!r}" for key, value, supported in choices if value != supported]
+    if refused:
+        raise UserError(f"{file}: {refused[0]} is not supported; use a checkpoint without it")
+
+    # rope_theta has no safe default: 1e4, 1e6, 5e6 are all in use, and a wrong one fails silently
+    raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
+    known = set(Qwen3Config.__dataclass_fields__)
+    optional = {"initializer_range", "tie_word_embeddings"}
+    missing = [key for key in sorted(known - optional) if raw.get(key) is None]
+    if missing:
+        raise UserError(f"{file}: {', '.join(missing)} missing; expected the fields of a Qwen3 config")
+    raw.setdefault("tie_word_embeddings", False)
+    config = Qwen3Config(**{key: raw[key] for key in known & raw.keys()})
+
+    # the dtype was called `torch_dtype` before transformers 5
+    return config, raw.get("dtype", raw.get("torch_dtype"))
+
+
+def read_weights(path):
+    """{name: tensor} of all the .safetensors shards of a checkpoint folder."""
+    index = path / "model.safetensors.index.json"
+
+    # a model of several shards has an index that names the file of each tensor
+    names = (
+        set(json.loads(index.read_text())["weight_map"].values())
+        if index.is_file()
+        else {"model.safetensors"}
+    )
+
+    # A file is mapped into memory, not read, so a missing one is met before much time is spent.
+    weights = {}
+    for file in (path / name for name in sorted(names)):
+        if not file.is_file():
+            raise UserError(
+                f"{file} is missing: no .safetensors weights there; "
+                "finish the stage that writes it, or the download"
+            )
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error}); write it again")
+    return weights
+
+
+def fused_weights(config):
+    """{fused parameter: {its parts as checkpoint files name them: rows}} for every layer."""
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    fused = {}
+    for i in range(config.num_hidden_layers):
+        for name, parts in (
+            (f"model.layers.{i}.self_attn.qkv_proj.weight", {"q": q, "k": kv, "v": kv}),
+            (
+                f"model.layers.{i}.mlp.gate_up_proj.weight",
+                dict.fromkeys(("gate", "up"), config.intermediate_size),
+            ),
+        ):
+            stem = name.rsplit(".", 2)[0]
+            fused[name] = {f"{stem}.{part}_proj.weight": rows for part, rows in parts.items()}
+    return fused
+
+
+def read_tokenizer(path, config):
+    """The tokenizer of a checkpoint folder; config.eos_token_id becomes all that ends a turn.
+
+    A turn may end in several ways: Qwen3 lists them in generation_config.json, and its base models
+    name only <|endoftext|>, though their chat template closes a turn with <|im_end|>, the one that
+    is learned here.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{path}: the tokenizer has no chat template; "
+            "copy chat_template.jinja from the instruct model of the same family"
+        )
+
+    # this project's turns end as the chat template has them
+    if "<|im_end|>" in tokenizer.get_vocab():
+        tokenizer.eos_token = "<|im_end|>"
+
+    # each names one token, several, or none
+    generation = path / "generation_config.json"
+    more = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    ends = {tokenizer.eos_token_id}
+    for named in (config.eos_token_id, [] if more is None else more):
+        ends.update(named if isinstance(named, list) else [named])
+    config.eos_token_id = sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id
+    return tokenizer
+
+
+def load(path_or_hub_name, device=None, dtype=None):
+    """(model, tokenizer) from a Hugging Face folder or hub name.
+
+    dtype: torch dtype of the weights, cast where the file has another; None: what config.json says,
+    bf16 or else fp32.
+    Raises UserError when the checkpoint is missing, is not a plain Qwen3, or lacks a field that has
+    no safe default.
+    """
+    path = checkpoint_folder(path_or_hub_name)
+    config, stored_dtype = read_config(path)
+    weights = read_weights(path)
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)  # some exports carry a duplicate
+    for name, parts in fused_weights(config).items():
+        if all(part in weights for part in parts):
+            weights[name] = torch.cat([weights.pop(part) for part in parts])
+
+    # on the meta device a model costs no memory until it is given the weights that were read
+    with torch.device("meta"):
+        model = Qwen3(config)
+    wanted = model.state_dict()
+    wrong = [k for k in wanted if k not in weights or weights[k].shape != wanted[k].shape]
+    wrong += [k for k in weights if k not in wanted]
+    if wrong:
+        raise UserError(
+            f"{path}: weights do not fit config.json at {wrong[0]} (and {len(wrong) - 1} more); "
+            "expected a Qwen3 checkpoint"
+        )
+
+    # assign: the tensors that were read become the parameters, uncopied if the dtype is theirs
+    if dtype is None:
+        dtype = torch.bfloat16 if stored_dtype == "bfloat16" else torch.float32
+    model.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
+    return model.to(device or "cpu").requires_grad_(True), read_tokenizer(path, config)
+
+
+def save(model, tokenizer, path):
+    """Write a Hugging Face checkpoint folder.
+
+    The weights go last and by rename, so a folder that has them is complete.
+    """
+    path = Path(path)
+    tokenizer.save_pretrained(path)  # makes the folder
+    ends = {"eos_token_id": model.config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    write_json(path / "generation_config.json", ends)
+
+    # both spellings of theta: transformers 5 reads the nested one, vLLM and SGLang the flat one
+    config = asdict(model.config) | {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "use_cache": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "dtype": str(model.model["embed_tokens"].weight.dtype).removeprefix("torch."),
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.config.rope_theta},
+    }
+    write_json(path / "config.json", config)
+
+    # safetensors wants every tensor by itself in one piece
+    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    for name, parts in fused_weights(model.config).items():
+        weights |= zip(parts, weights.pop(name).split(list(parts.values())))
+    weights = {k: v.contiguous() for k, v in weights.items()}
+    write_atomic(path / "model.safetensors", lambda file: save_file(weights, file, metadata={"format": "pt"}))
+
+
+def write_atomic(path, write):
+    """Call write(temporary file) beside path, flush it to disk, then rename: never half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    write(aside)
+    with open(aside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_json(path, value):
+    """`write_atomic` of a value as indented JSON."""
+    write_atomic(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def print_inherited(path):
+    """One line on what the checkpoint at path was made with."""
+    file = Path(path) / "args.json"
+    made = json.loads(file.read_text()) if file.is_file() else {}
+    told = ", ".join(
+        f"{key} {value}"
+        for key, value in made.items()
+        if key in ("init", "steps", "lr", "seed", "kind", "sequential")
+    )
+    print(f"init: {path} ({told or 'no args.json: not made by this project'})")
+
+
+# ---- real problems: data sets, and who judges their answers ----
+
+# What asks models that were not brought up on the prompts of section 4.
+REAL_PLAIN_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+REAL_FORMAT_PROMPT_FILE = Path(__file__).parent / "assets" / "format_prompt.txt"
 
 # Where data sets keep questions and answers; the first column that a row has is taken.
 QUESTION_COLUMNS = ("problem", "question", "prompt", "puzzle")
 ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth", "expected_answer", "reward_model", "solution")
 
+# Data sets that are single files.
+FILE_FORMS = ("json", "jsonl", "parquet", "csv")
 
-def read_rows(name):
-    """Rows of a data set: a .json, .jsonl or .parquet file, a folder that `datasets` saved, or a hub name (name:config where the hub
-    has several).  Of several splits, train, test or else the first.  Raises UserError when it is none of these."""
-    path = Path(name)
-    if path.suffix in (".json", ".jsonl", ".parquet") and not path.is_file():
-        raise UserError(f"{name}: no such file; expected problems as json, jsonl or parquet")
-    if path.suffix in (".json", ".jsonl"):
-        try:
-            text = path.read_text()
-            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
-        except ValueError as error:
-            raise UserError(f"{name}: not readable as {path.suffix[1:]} ({error})")
-        if not isinstance(rows, list) or not rows:
-            raise UserError(f"{name}: expected a list of problems, found {'an empty one' if rows == [] else 'something else'}")
-        return rows
-    if path.suffix != ".parquet" and not path.is_dir() and (len(path.parts) != 2 or path.parts[0] in ("out", "..", ".", "/")):
-        raise UserError(f"{name}: no such folder or file; expected a json, jsonl or parquet file, a folder of `datasets`, or a hub name")
+
+def open_data_set(path):
+    """What is at a path of a data set, a list if all is well; raises whatever goes wrong.
+
+    JSON is taken as it is written.  `datasets` would turn strings that look like dates into dates,
+    and 3 beside 2.5 into 3.0; and it infers a column's type from the first 10 MB of a file, so one
+    that is null there and a number later is refused (measured).
+    """
+    form = path.suffix[1:]
+    if form == "json":
+        return json.loads(path.read_text())
+    if form == "jsonl":
+        return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
     import datasets  # here and not above: a second that only real data has to pay for
 
-    try:
-        if path.suffix == ".parquet":
-            return datasets.Dataset.from_parquet(str(path)).to_list()
-        saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-        repository, _, config = str(name).partition(":")
-        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(repository, config or None)
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise UserError(f"{name}: not a data set that `datasets` or the hub can give ({why})")
+    # other files are streamed: no copy goes to a cache, where it might grow stale, nor a bar
+    if form in FILE_FORMS:
+        return list(datasets.load_dataset(form, data_files=str(path), split="train", streaming=True))
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        data = datasets.load_from_disk(str(path))
+    else:
+        repository, _, config = str(path).partition(":")
+        data = datasets.load_dataset(repository, config or None)
     if isinstance(data, dict):
         data = data[next((split for split in ("train", "test") if split in data), next(iter(data)))]
     return data.to_list()
 
 
+def read_rows(name):
+    """Rows of a data set.
+
+    name: a .json, .jsonl, .parquet or .csv file, a folder that `datasets` saved, or a hub name
+    (name:config where the hub has several).  Of several splits, train, test or else the first.
+    Raises UserError when it is none of these.
+    """
+    path = Path(name)
+    form = path.suffix[1:]
+    if not (path.is_file() if form in FILE_FORMS else path.is_dir() or is_hub_name(path)):
+        raise UserError(
+            f"{name}: no such {'file' if form in FILE_FORMS else 'folder or file'}; "
+            "expected a json, jsonl, parquet or csv file, a folder of `datasets`, or a hub name"
+        )
+
+    # whatever goes wrong in there, its first line is the reason
+    try:
+        rows = open_data_set(path)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        what = f"readable as {form}" if "json" in form else "a data set that `datasets` or the hub can give"
+        raise UserError(f"{name}: not {what} ({why})")
+    if not isinstance(rows, list) or not rows:
+        raise UserError(
+            f"{name}: expected a list of problems, found {'something else' if rows else 'an empty one'}"
+        )
+    return rows
+
+
+def find_column(name, number, row, given, names, flag):
+    """(column, value) of the first of `names` that a row has, or of the column that was given."""
+    for key in (given,) if given else names:
+        if row.get(key) is not None:
+            return key, row[key]
+    wanted = given or ", ".join(names)
+    raise UserError(
+        f"{name}: row {number} has no column {wanted} (it has: {', '.join(row)}); "
+        f"name one with --{flag}-column"
+    )
+
+
+def grid_problem(name, question, solution):
+    """A logic grid of ZebraLogic, {header: [House, ..], rows: [[1, ..], ..]}, asked for as JSON."""
+    head, *columns = solution["header"]  # House, then what is asked for
+    if any(cell == "___" for cells in solution["rows"] for cell in cells):
+        raise UserError(
+            f"{name}: the solutions are masked (___); "
+            "take the version that has them, allenai/ZebraLogicBench-private"
+        )
+    grid = {f"{head} {cells[0]}": dict(zip(columns, cells[1:])) for cells in solution["rows"]}
+    blank = json.dumps({house: dict.fromkeys(columns, "...") for house in grid})
+    question += f"\n\nGive the whole solution as JSON: \\boxed{{{blank}}}"
+    return Problem("grid", question, json.dumps(grid))
+
+
+def choice_problem(question, options, answer):
+    """Multiple choice; the answer is a letter, an option's index, or an option's text."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    listed = "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options))
+    letter_of = dict(zip(options, letters))
+    answer = letters[int(answer)] if answer.isdigit() else letter_of.get(answer, answer)
+    return Problem("choice", f"{question}\n{listed}\nAnswer with the letter.".strip(), answer)
+
+
+def read_problem(name, number, row, question_column, answer_column):
+    """Problem of a data set's row; `read_problems` says which forms are understood."""
+    if isinstance(row, list):  # ORZ-57k as a file; the hub has made its rows dicts of "0" and "1"
+        row = {"0": row[0], "1": row[1]}
+    if {"0", "1"} <= row.keys():
+        row = {"question": row["0"].get("value"), "answer": row["1"].get("ground_truth")}
+    _, question = find_column(name, number, row, question_column, QUESTION_COLUMNS, "question")
+    source, answer = find_column(name, number, row, answer_column, ANSWER_COLUMNS, "answer")
+    if isinstance(question, list):  # a chat
+        question = [turn["content"] for turn in question if turn["role"] == "user"][-1]
+
+    # the answer may be a grid, wrapped in a dict, several, or a number
+    if isinstance(answer, dict):
+        if "rows" in answer:
+            return grid_problem(name, question, answer)
+        answer = answer.get("ground_truth", answer.get("value"))
+    answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+
+    # or the box of a worked solution
+    if source == "solution" and last_boxed(answer) is None:
+        raise UserError(
+            f"{name}: the solution of row {number} has no \\boxed{{answer}}; "
+            "name another with --answer-column"
+        )
+    answer = (last_boxed(answer) or answer).strip()
+    options = row.get("options") or row.get("choices")
+    if options:
+        return choice_problem(question, options, answer)
+    return Problem("choice" if re.fullmatch("[A-Z]", answer) else "math", question.strip(), answer)
+
+
 def read_problems(name, question_column="", answer_column=""):
     """Problems of a data set (`read_rows`).  The columns are found by name unless given.
 
-    kind is `math`, or `choice` when the answer is one of given options or a single capital letter, or `grid` when it is a table
-    (ZebraLogic).  A conversation in the form of ORZ-57k, [{value: question}, {ground_truth: {value: answer}}], is a question and an answer.
+    kind is `math`, or `choice` when the answer is one of given options or a single capital letter,
+    or `grid` when it is a table (ZebraLogic).  A conversation in the form of ORZ-57k,
+    [{value: question}, {ground_truth: {value: answer}}], is a question and an answer.
     Raises UserError when a column cannot be found, or when math-verify is needed and not installed.
     """
-
-    def column(row, given, names, flag):
-        for key in (given,) if given else names:
-            if row.get(key) is not None:
-                return key, row[key]
-        wanted = given or ", ".join(names)
-        raise UserError(f"{name}: row {len(problems)} has no column {wanted} (it has: {', '.join(row)}); name one with --{flag}-column")
-
-    problems = []
-    for row in read_rows(name):
-        if isinstance(row, dict) and {"0", "1"} <= row.keys():  # ORZ-57k as the hub stores it; as a file each row is a list
-            row = [row["0"], row["1"]]
-        if isinstance(row, list):
-            row = {"question": row[0].get("value"), "answer": row[1].get("ground_truth")}
-        _, question = column(row, question_column, QUESTION_COLUMNS, "question")
-        source, answer = column(row, answer_column, ANSWER_COLUMNS, "answer")
-        if isinstance(question, list):  # a chat
-            question = [turn["content"] for turn in question if turn["role"] == "user"][-1]
-        if isinstance(answer, dict) and "rows" in answer:
-            head, *columns = answer["header"]  # of a logic grid: House, then what is asked for
-            if any(cell == "___" for cells in answer["rows"] for cell in cells):
-                raise UserError(f"{name}: the solutions are masked (___); take the version that has them, allenai/ZebraLogicBench-private")
-            grid = {f"{head} {cells[0]}": dict(zip(columns, cells[1:])) for cells in answer["rows"]}
-            blank = json.dumps({house: dict.fromkeys(columns, "...") for house in grid})
-            question += f"\n\nGive the whole solution as JSON: \\boxed{{{blank}}}"
-            problems.append(Problem("grid", question, json.dumps(grid)))
-            continue
-        if isinstance(answer, dict):
-            answer = answer.get("ground_truth", answer.get("value"))
-        answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
-        if source == "solution" and last_boxed(answer) is None:
-            raise UserError(f"{name}: the solution of row {len(problems)} has no \\boxed{{answer}}; name another with --answer-column")
-        answer = (last_boxed(answer) or answer).strip()
-        options = row.get("options") or row.get("choices")
-        if options:
-            letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
-            question += "\n" + "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options)) + "\nAnswer with the letter."
-            answer = letters[int(answer)] if answer.isdigit() else letters[options.index(answer)] if answer in options else answer
-        problems.append(Problem("choice" if options or re.fullmatch("[A-Z]", answer) else "math", question.strip(), answer))
-    if any(p.kind == "math" for p in problems):
-        try:
-            import math_verify  # noqa: F401
-        except ImportError:
-            raise UserError(f"{name}: judging real mathematics needs math-verify; pip install math-verify")
+    columns = (question_column, answer_column)
+    problems = [read_problem(name, number, row, *columns) for number, row in enumerate(read_rows(name))]
+    needed = any(problem.kind == "math" for problem in problems)
+    if needed and importlib.util.find_spec("math_verify") is None:
+        raise UserError(f"{name}: judging real mathematics needs math-verify; pip install math-verify")
     return problems
 
 
 def same_math(boxed, answer):
-    r"""Are two answers mathematically the same?  math-verify parses both (it never evaluates text) and gives up after 5 s each.
+    r"""Are two answers mathematically the same?
+
+    math-verify parses both (it never evaluates text) and gives up after 5 s each.
 
     '0.5', '\frac{1}{2}' -> True      '(0, 1]', '[0, 1]' -> False
     """
@@ -371,12 +1398,18 @@ def same_choice(boxed, answer):
 
 
 def same_grid(boxed, answer):
-    """Every cell of a logic grid, case and outer white space apart; `boxed` is JSON, with or without its outer braces."""
+    """Every cell of a logic grid, case and outer white space apart.
+
+    boxed is JSON, with or without its outer braces.
+    """
+    text = boxed.strip()
     try:
-        text = boxed.strip()
         given = json.loads(text if text.startswith("{") else f"{{{text}}}")
-        cell = lambda x: str(x).strip().lower()  # noqa: E731
-        return all(cell(given[house][key]) == cell(value) for house, row in json.loads(answer).items() for key, value in row.items())
+        return all(
+            str(given[house][key]).strip().lower() == str(value).strip().lower()
+            for house, row in json.loads(answer).items()
+            for key, value in row.items()
+        )
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -385,14 +1418,22 @@ JUDGES = {"math": same_math, "choice": same_choice, "grid": same_grid}
 
 
 def draw_problems(data, kind, n, seed):
-    """n problems for one step: of `data` (a list, or None), distinct while there are enough; without data made ones of the train split."""
-    return make_problems(kind, "train", n, seed) if data is None else random.Random(seed).sample(data, min(n, len(data)))
+    """n problems for one step: of `data` (a list), or without data made ones of the train split.
+
+    They are distinct while there are enough.
+    """
+    if data is None:
+        return make_problems(kind, "train", n, seed)
+    return random.Random(seed).sample(data, min(n, len(data)))
 
 
 def read_prompt(prompt_file, data):
-    """What asks for the format: the text of prompt_file; by default FORMAT_PROMPT, which the tiny base was brought up on, or with real
-    data the instructions in assets/format_prompt.txt.  A text with {question} in it is the whole user turn, any other the system prompt.
-    Raises UserError when there is no such file."""
+    """What asks for the format: the text of prompt_file.
+
+    By default FORMAT_PROMPT, which the tiny base was brought up on, or with real data the
+    instructions in assets/format_prompt.txt.  A text with {question} in it is the whole user turn,
+    any other the system prompt.  Raises UserError when there is no such file.
+    """
     if not prompt_file and not data:
         return FORMAT_PROMPT
     file = Path(prompt_file or REAL_FORMAT_PROMPT_FILE)
@@ -401,610 +1442,209 @@ def read_prompt(prompt_file, data):
     return file.read_text().strip()
 
 
-# ======================================================================================================================
-# 2. Worked solutions: the corpus of the base
-# ======================================================================================================================
-# Text written by people has slips.  So has this corpus: each single result is wrong with probability `slip`, and the mistake
-# is carried on consistently.  A model that imitates it samples slips too, which is what reinforcement learning can remove.
+# ---- the run folder ----
 
 
-def work_out(problem, rng, slip):
-    """Rounds of worked parts, and how they end.
+class Run:
+    """A stage's output folder: `args.json`, `log.jsonl`, and `resume/` while it is running.
 
-    Returns (rounds, answer): each round is (plans, steps, takeaway); all kinds need one round except a countdown whose moves so far
-    found nothing, which goes on with the next ones in a further round.  For chains, e.g.
-    plans ['A', 'B'], steps ['A12+5=17*3=51;a51', 'B40-7=33*2=66;b66'], takeaway 'a51b66', answer '66'.
+    Arguments that differ from those in `args.json` make a new run: what an earlier one left in the
+    folder is removed.  All ranks read here, rank 0 alone writes.
     """
 
-    def slipped(value, low=0, high=10**6):
-        if rng.random() >= slip:
-            return value
-        return min(high, max(low, value + rng.choice([-10, -2, -1, 1, 2, 10])))
-
-    def added_up(ends):  # [('+', 'a', 51), ('-', 'b', 66)] -> ('a51-b66=85', '85'): two digits at a time
-        sign, label, total = ends[0]
-        takeaway = f"{label}{total:02d}"
-        for sign, label, end in ends[1:]:
-            total = slipped(apply_op(total, sign, end) % 100, 0, 99)
-            takeaway += f"{sign}{label}{end:02d}={total:02d}"
-        return takeaway, f"{total:02d}"
-
-    parts = problem.parts
-    if problem.kind == "chains":
-        steps, ends = [], []
-        for label, (value, ops) in zip(parts["labels"], parts["chains"]):
-            text = f"{label}{value}"
-            for op, operand in ops:
-                value = slipped(apply_op(value, op, operand) % 100, 0, 99)
-                text += f"{op}{operand}={value:02d}"
-            ends.append(("+", label.lower(), value))
-            steps.append(f"{text};{label.lower()}{value:02d}")
-        if parts["goal"] == "total":
-            takeaway, answer = added_up(ends)
-        else:
-            takeaway = "".join(f"{label}{end:02d}" for _, label, end in ends)
-            answer = f"{(max if parts['goal'] == 'largest' else min)(end for *_, end in ends):02d}"
-        return [(list(parts["labels"]), steps, takeaway)], answer
-    if problem.kind == "sums":
-        steps, ends = [], []
-        for label, (sign, a, b) in zip(parts["labels"], parts["terms"]):
-            tens, units = slipped(a // 10 * 10 * b), slipped(a % 10 * b)
-            product = slipped(tens + units)
-            ends.append((sign, label.lower(), product % 100))
-            steps.append(f"{label}{a}*{b}={a // 10 * 10}*{b}+{a % 10}*{b}={tens}+{units}={product};{label.lower()}{product % 100:02d}")
-        takeaway, answer = added_up(ends)
-        return [(list(parts["labels"]), steps, takeaway)], answer
-    target, moves, rounds, found = parts["target"], first_moves(parts["numbers"]), [], None
-    while not found and moves:
-        k = rng.randint(3, 5 if rounds else 6)  # how many to try at once is open, their order is not: none comes twice, and the end is in sight
-        if len(moves) - k < 3:
-            k = len(moves)  # the one or two left over are not worth a block of their own
-        now, moves, steps = moves[:k], moves[k:], []
-        for x, op, y, rest in now:
-            value = slipped(apply_op(x, op, y), 1, 99)
-            text, verdict = f"{x}{op}{y}={value};", "n"
-            seconds = [(max(value, z), op2, min(value, z), z) for z in rest for op2 in "+-*"]
-            for u, op2, v, z in seconds:
-                if apply_op(u, op2, v) > 99:
-                    continue  # no target is above 99, and two-digit products are not what this model is to learn
-                result = slipped(apply_op(u, op2, v), 0)
-                hit = result == target
-                text += f"{u}{op2}{v}={result}/{target}{'y' if hit else 'n'}"
-                if hit:
-                    verdict = "y" + two_moves(x, op, y, op2, z, value)
-                    break
-            steps.append(f"{text};{verdict}")
-            found = found or (verdict[1:] or None)
-        rounds.append(([f"{x}{op}{y}" for x, op, y, _ in now], steps, found or "none"))
-    return rounds, found or "none"
-
-
-def plain_solution(rounds, answer):
-    """The parts worked one after another, no tags: what the base does when asked plainly."""
-    return " ".join(" ".join(steps) + f" {takeaway}" for _, steps, takeaway in rounds) + f" \\boxed{{{answer}}}"
-
-
-def tagged_solution(rounds, answer):
-    """The canonical parallel form."""
-    text = ""
-    for plans, steps, takeaway in rounds:
-        text += "<guideline>" + "".join(f"<plan>{i}:{p}</plan>" for i, p in enumerate(plans, 1)) + "</guideline>"
-        text += "".join(f"<step>{i}:{s}</step>" for i, s in enumerate(steps, 1)) + f"<takeaway>{takeaway}</takeaway>"
-    return f"{text}\\boxed{{{answer}}}"
-
-
-def malformed_solution(rounds, answer, rng):
-    """A near miss at the format, one of seven kinds.  None is shorter than the valid form: otherwise reinforcement learning
-    meets 'short' and 'malformed' together and drifts towards fewer plans."""
-    text = tagged_solution(rounds, answer)
-    how = rng.randrange(7)
-    if how == 0:  # text between the tags of the skeleton
-        return text.replace("</step>", "</step> next ", 1)
-    if how == 1:  # one plan more than steps
-        k = len(rounds[0][0])
-        return text.replace("</guideline>", f"<plan>{k + 1}:{rounds[0][0][-1]}</plan></guideline>", 1)
-    if how == 2:  # numbered from 2
-        return text.replace("<step>1:", "<step>2:", 1)
-    if how == 3:  # the answer is stated, not boxed
-        return text.replace(f"\\boxed{{{answer}}}", f" the answer is {answer}.")
-    if how == 4:  # steps nested in one another
-        return text.replace("</step><step>", "<step>", 1).replace("</step>", "</step></step>", 1)
-    if how == 5:  # the takeaway is tagged as a step
-        return text.replace("<takeaway>", "<step>").replace("</takeaway>", "</step>")
-    return text.replace("</guideline>", "</plan>", 1)  # the guideline is never closed
-
-
-def is_canonical(text):
-    r"""True for the canonical valid form; the grammar of D2 as one pattern.  Stage 1's parser grades what fails here.
-
-    '<guideline><plan>1:A</plan></guideline><step>1:b</step><takeaway>c</takeaway>\boxed{7}' -> True
-    """
-    block = r"<guideline>((?:<plan>\d+:[^<>]+</plan>)+)</guideline>((?:<step>\d+:[^<>]+</step>)+)<takeaway>[^<>]+</takeaway>"
-    if not re.fullmatch(rf"(?:{block})+[^<>]*\\boxed\{{[^<>{{}}]*\}}[^<>]*", text) or text.count("\\boxed{") != 1:
-        return False
-    numbers = [[re.findall(r"<\w+>(\d+):", part) for part in found] for found in re.findall(block, text)]
-    return all(plans == steps == [str(i + 1) for i in range(len(plans))] for plans, steps in numbers)
-
-
-def corpus_document(rng, slip, valid_share, malformed_share):
-    """(question, system prompt, response) of the stage-0 corpus; half the prompts ask for the format."""
-    while True:
-        problem = draw_problem(rng.choice([*KINDS, "sums"]), rng)  # sums twice: running totals are what this model finds hardest
-        if split_of(problem.question) == "train":
-            break
-    rounds, answer = work_out(problem, rng, slip)
-    if rng.random() < 0.5:
-        return problem.question, PLAIN_PROMPT, plain_solution(rounds, answer)
-    style = rng.random()
-    if style < valid_share:
-        return problem.question, FORMAT_PROMPT, tagged_solution(rounds, answer)
-    if style < valid_share + malformed_share:
-        return problem.question, FORMAT_PROMPT, malformed_solution(rounds, answer, rng)
-    return problem.question, FORMAT_PROMPT, plain_solution(rounds, answer)
-
-
-# ======================================================================================================================
-# 3. The tokenizer
-# ======================================================================================================================
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def train_tokenizer(texts, vocab_size=400):
-    """A byte-level BPE with Qwen's chat markup, as an ordinary Hugging Face tokenizer.
-
-    Words, punctuation marks and single digits are split before merging, as in Qwen: 12 is two tokens, so arithmetic can be
-    learned digit by digit.  All 256 bytes are in the vocabulary, so any text encodes.  The eight tags are *not* special here:
-    `<plan>` is three tokens, and the model has to find them by itself (stage 1) before they become single tokens (stage 2).
-    """
-    tokenizer = Tokenizer(models.BPE())
-    words = Regex(r"\p{N}|</?| ?\p{L}+|[^\s\p{L}\p{N}]|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def prompt_ids(tokenizer, question, system_prompt):
-    """Token ids of the chat prompt up to where the assistant begins to speak.  A system prompt with {question} in it is the user turn."""
-    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
-    if "{question}" in system_prompt:
-        messages = [{"role": "user", "content": system_prompt.replace("{question}", question)}]
-    # enable_thinking=False asks Qwen3's own template for its non-thinking mode; templates without the switch ignore it
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-# ======================================================================================================================
-# 4. The model: Qwen3, bottom-up
-# ======================================================================================================================
-
-
-@dataclass
-class Qwen3Config:
-    """Fields as in a Qwen3 config.json; the defaults are the tiny base (0.87M parameters)."""
-
-    vocab_size: int = 400
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 32
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    tie_word_embeddings: bool = True
-    eos_token_id: int | list = 2
-    initializer_range: float = 0.02
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, rms(x) = sqrt(mean(x^2) + eps), computed in fp32 whatever x is."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.shape, self.eps = (width,), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
-
-
-def rope_tables(position, head_dim, theta):
-    """cos and signed sin of every rotation angle.  position (B, T) integers -> two (B, T, 1, D) fp32 tables."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)  # (D/2,)
-    angle = position[:, :, None, None].float() * frequency  # (B, T, 1, D/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def rotate(x, cos, sin):
-    """Rotary position embedding of pairs (i, i + D/2), as in Hugging Face: (a, b) -> (a cos - b sin, b cos + a sin).
-
-    x (B, T, H, D).  The minus sign is in the table (`rope_tables`)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """The two ends of grouped-query attention with QK-norm.  What is between them, and what a token may see, is decided outside.
-
-    Queries, keys and values come out of one matrix product: decoding one token is a matter of how many operations are launched."""
-
-    def __init__(self, config):
-        super().__init__()
-        H, H_kv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = H, H_kv, D
-        self.qkv_proj = nn.Linear(config.hidden_size, (H + 2 * H_kv) * D, bias=False)
-        self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps)
-        self.k_norm = RMSNorm(D, config.rms_norm_eps)
-
-    def queries_keys_values(self, x, cos, sin):
-        """x (B, T, C) -> (B, T, H, D), (B, T, H_kv, D), (B, T, H_kv, D)."""
-        B, T, _ = x.shape
-        H, qk_heads = self.heads, self.heads + self.kv_heads
-        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 H_kv, D)
-        # queries and keys are normed and rotated together; each kind has one weight for all its heads
-        scale = torch.cat([self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(self.kv_heads, -1)])  # (H + H_kv, D)
-        qk = rotate(F.rms_norm(qkv[:, :, :qk_heads], self.q_norm.shape, eps=self.q_norm.eps) * scale, cos, sin)
-        return qk[:, :, :H], qk[:, :, H:], qkv[:, :, qk_heads:]
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)); gate and up are one matrix product."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def before(self, x, cos, sin):
-        return self.self_attn.queries_keys_values(self.input_layernorm(x), cos, sin)
-
-    def after(self, x, found):
-        x = x + self.self_attn.o_proj(found.flatten(2))
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-    def forward(self, x, cos, sin, attend):
-        return self.after(x, attend(*self.before(x, cos, sin)))
-
-
-@functools.cache
-def compiled(function, dynamic=False):
-    """torch.compile on CUDA.  Not dynamic: once for every shape, so let them be few (`bucket`)."""
-    if not torch.cuda.is_available():
-        return function
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function, dynamic=dynamic)
-
-
-def fused_block(block, x, cos, sin, attend):
-    """Block.forward with everything around attention compiled: a decode step of few tokens is a thousand small operations, and on a GPU each
-    costs two microseconds even in a captured graph.  All blocks, and all numbers of tokens, share the same code."""
-    return compiled(Block.after, dynamic=True)(block, x, attend(*compiled(Block.before, dynamic=True)(block, x, cos, sin)))
-
-
-def visible_mask(group, branch, document=None):
-    """Who may see whom (D3): earlier tokens of the same document, but never a sibling branch of the same block.  Integers (B, T) ->
-    (B, T, T) bool, True = row's token sees column's token.  document None: every row is one document."""
-    T = group.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=group.device).tril()
-    same_block = (group[:, :, None] == group[:, None, :]) & (group[:, :, None] != 0)  # (B, T, T)
-    sees = causal & ~(same_block & (branch[:, :, None] != branch[:, None, :]))
-    return sees if document is None else sees & (document[:, :, None] == document[:, None, :])
-
-
-def uses_flex(device):
-    """FlexAttention where it trains: on CUDA.  It has no backward on a CPU."""
-    return device.type == "cuda"
-
-
-def bucket(n):
-    """n rounded up to one of four sizes for every power of two: 100 -> 128, 1100 -> 1280, 8192 -> 8192."""
-    step = max(32, 2 ** (n.bit_length() - 3))
-    return -(-n // step) * step
-
-
-def visibility(group, branch, document=None):
-    """`visible_mask` in the form that `attention` takes: None where plain causal order says it all, on CUDA the blocks of 128 x 128 that
-    are not empty (siblings and other documents are skipped there, not computed and masked; uncompiled, a T x T tensor would be filled to find
-    them), on a CPU (B, 1, T, T) bool."""
-    if document is None and not group.any():
-        return None
-    if not uses_flex(group.device):
-        return visible_mask(group, branch, document)[:, None]
-    (B, T), document = group.shape, torch.zeros_like(group) if document is None else document
-
-    def sees(b, h, q, k):
-        sibling = (group[b, q] == group[b, k]) & (group[b, q] != 0) & (branch[b, q] != branch[b, k])
-        return (q >= k) & (document[b, q] == document[b, k]) & ~sibling
-
-    return compiled(create_block_mask)(sees, B, None, T, T, device=group.device)
-
-
-def attention(q, k, v, mask):
-    """softmax(q k' / sqrt(D)) v over what `mask` (of `visibility`) shows.  q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D)."""
-    dtype, repeat = v.dtype, q.shape[2] // k.shape[2]  # each key/value head serves `repeat` query heads
-    if isinstance(mask, BlockMask):
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T, D)
-        return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
-    if q.device.type == "cpu":  # measured: the CPU's fused attention runs backward 1.6x faster in fp32 than in bf16
-        q, k, v = q.float(), k.float(), v.float()
-    # repeated by hand: told to share heads itself (`enable_gqa`), scaled_dot_product_attention takes its slow path as soon as there is a mask
-    k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)  # (B, T, H, D)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).to(dtype).transpose(1, 2)
-
-
-class Qwen3(nn.Module):
-    """Qwen3 with Hugging Face's parameter names, but for the two fused projections, which `load` joins and `save` splits."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=config.initializer_range)
-
-    @property
-    def device(self):
-        return self.model["embed_tokens"].weight.device
-
-    def hidden(self, ids, layout=None, kv=None):
-        """Final hidden states.  ids (B, T) -> (B, T, C).
-
-        layout: None for plain causal text, or integers `.group`, `.branch`, `.position`, each (T,) or (B, T), and `.document` (1, T) where
-        several sequences are packed into one row (engine.Layout).
-        kv: None to attend within ids (training), or the engine's KV memory, which stores this call's keys and values and
-        attends over everything its rows hold: `kv.attend(layer, q, k, v)`, all (B, T, H, D); `kv.fused`: in compiled blocks.
+    def __init__(self, args):
+        self.path = Path(args.out)
+        self.state_file = self.path / "resume" / "state.pt"
+        self.began = time.time()
+        self.writes = ranks()[0] == 0
+
+        # the same arguments go on with what is there
+        args_file = self.path / "args.json"
+        written = args_file.read_text() if args_file.is_file() else ""
+        if self.writes and written != json.dumps(vars(args), indent=2) + "\n":
+            for stale in ("model.safetensors", "log.jsonl", "episodes.txt"):
+                (self.path / stale).unlink(missing_ok=True)
+            for stale in ("resume", "data"):
+                shutil.rmtree(self.path / stale, ignore_errors=True)
+            write_json(args_file, vars(args))
+        from_all_ranks([])  # nobody looks into the folder before it is in order
+
+    def start(self, model, optimizers):
+        """The step to go on after: 0, or where a killed run left off, all of its state restored."""
+        log = self.path / "log.jsonl"
+        if not self.state_file.is_file():
+            if self.writes:
+                log.unlink(missing_ok=True)
+                (self.path / "episodes.txt").unlink(missing_ok=True)
+            return 0
+
+        # weights_only: tensors and numbers are read, nothing that a pickle could run
+        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(state["weights"][name])
+                master(p).copy_(state["weights"][name])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+
+        # what was logged after the checkpoint is going to be logged again
+        step = state["step"]
+        if self.writes and log.is_file():
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+            log.write_text("".join(line + "\n" for line in kept))
+        print(f"resuming {self.path} after step {step}")
+        return step
+
+    def checkpoint(self, model, optimizers, step):
+        """Write what `start` reads back."""
+        state = {
+            "weights": {name: master(p).detach() for name, p in model.named_parameters()},
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "step": step,
+        }
+        if self.writes:
+            write_atomic(self.state_file, lambda file: torch.save(state, file))
+
+    def log(self, **row):
+        """Append one object to log.jsonl.
+
+        A non-finite loss stops the run; the last checkpoint stays.
         """
-        T, mask = ids.shape[1], None
-        if layout is None:
-            position = torch.arange(T, device=ids.device)[None]  # (1, T)
-        else:
-            as_rows = lambda x: torch.as_tensor(x, device=ids.device).long().reshape(-1, T)  # noqa: E731
-            group, branch, position = as_rows(layout.group), as_rows(layout.branch), as_rows(layout.position)
-            mask = visibility(group, branch, layout.document) if kv is None else None
-        x = self.model["embed_tokens"](ids)  # (B, T, C)
-        cos, sin = rope_tables(position, self.config.head_dim, self.config.rope_theta)
-        run = fused_block if kv is not None and kv.fused else Block.__call__
-        for i, block in enumerate(self.model["layers"]):
-            attend = functools.partial(attention, mask=mask) if kv is None else functools.partial(kv.attend, i)
-            x = run(block, x, cos, sin, attend)
-        return self.model["norm"](x)
+        row["seconds"] = round(time.time() - self.began, 2)
+        if not math.isfinite(row.get("loss", 0.0)):
+            raise UserError(
+                f"loss is {row['loss']} at step {row['step']}; "
+                f"{self.path} keeps its last good state: lower --lr and rerun"
+            )
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+        if self.writes:
+            with open(self.path / "log.jsonl", "a") as file:
+                file.write(json.dumps(rounded) + "\n")
 
-    def logits(self, x):
-        """Hidden states (..., C) -> logits (..., V)."""
-        return F.linear(x, self.model["embed_tokens"].weight) if self.config.tie_word_embeddings else self.lm_head(x)
+    def episodes(self, step, episodes):
+        """Append three whole episodes to `episodes.txt`; each is (question, response, verdict)."""
+        chosen = random.Random(step).sample(episodes, min(3, len(episodes)))
+        if self.writes:
+            with open(self.path / "episodes.txt", "a") as file:
+                for question, text, verdict in chosen:
+                    file.write(f"==== step {step} | {verdict}\n{question}\n{text}\n\n")
 
-    def forward(self, ids, layout=None, kv=None):
-        """ids (B, T) -> logits (B, T, V)."""
-        return self.logits(self.hidden(ids, layout, kv))
-
-
-# ======================================================================================================================
-# 5. Load and save: the Hugging Face layout, safetensors only
-# ======================================================================================================================
-
-
-def fused_weights(config):
-    """{fused parameter: {its parts as checkpoint files name them: rows}} for every block."""
-    q, kv, width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim, config.intermediate_size
-    fused = {}
-    for i in range(config.num_hidden_layers):
-        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        fused[f"{attention}.qkv_proj.weight"] = {f"{attention}.{x}_proj.weight": n for x, n in (("q", q), ("k", kv), ("v", kv))}
-        fused[f"{mlp}.gate_up_proj.weight"] = {f"{mlp}.{x}_proj.weight": width for x in ("gate", "up")}
-    return fused
+    def finish(self, model, tokenizer):
+        """Write the stage's checkpoint and drop `resume/`."""
+        if self.writes:
+            save(model, tokenizer, self.path)
+            shutil.rmtree(self.path / "resume", ignore_errors=True)
+        from_all_ranks([])  # now every rank finds it
+        print(f"wrote {self.path} ({time.time() - self.began:.0f} s)")
 
 
-def load(path_or_hub_name, device=None, dtype=None):
-    """(model, tokenizer) from a Hugging Face folder or hub name.
+# ---- optimizers ----
 
-    dtype: torch dtype of the weights; None: what config.json says (`dtype`, or `torch_dtype` as it was called before transformers 5), bf16
-    or else fp32.  Weights of another dtype are cast.  Raises UserError when the checkpoint is missing, is not a plain Qwen3, or lacks a
-    field that has no safe default (rope_theta: 1e4, 1e6 and 5e6 are all in use, and a wrong one fails silently).
+
+def master(p):
+    """The fp32 copy of a parameter that the optimizers step; of an fp32 parameter, itself."""
+    return getattr(p, "master", p)
+
+
+def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0):
+    """AdamW on everything; with muon_lr > 0, Muon on the layers' matrices and AdamW on the rest.
+
+    gain_factor: the last norm's gains, which are the scale of the logits, learn so many times
+    faster.  They are of size 1 where a matrix's entries are of 0.05, so at the same rate they
+    hardly move; and every token has a say in each, so their gradient is the least noisy of all.
+
+    A weight that is not fp32 gets an fp32 master, `p.master`: added to a bf16 weight, a step of
+    less than 1/256 of it is rounded away.  Backward adds its gradients up in the master's, the
+    optimizers step the masters, and `update` rounds them back into the model.
     """
-    path = Path(path_or_hub_name)
-    if not path.is_dir():
-        if path.parts[:1] in (("out",), ("/",), (".",), ("..",)) or len(path.parts) != 2:
-            raise UserError(f"{path}: no such checkpoint folder; run the stage that writes it, or give --init a folder or hub name")
-        from huggingface_hub import snapshot_download  # only needed, and only possible, with a network
 
-        try:
-            path = Path(snapshot_download(str(path_or_hub_name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
-        except Exception as error:
-            raise UserError(f"{path_or_hub_name}: neither a folder here nor a model that the hub gives ({type(error).__name__})")
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path}/config.json is missing: expected a Hugging Face checkpoint; run the stage that writes it")
-    raw = json.loads((path / "config.json").read_text())
-    if raw.get("model_type") != "qwen3":
-        raise UserError(f"{path}/config.json: model_type is {raw.get('model_type')!r}, this project reads 'qwen3' only")
-    rope = raw.get("rope_parameters") or {}
-    refused = [key for key in ("quantization_config", "rope_scaling", "use_sliding_window", "attention_bias") if raw.get(key)]
-    refused += [f"layer_types {kind!r}" for kind in sorted(set(raw.get("layer_types") or ()) - {"full_attention"})]
-    refused += [f"rope_type {rope['rope_type']!r}"] if rope.get("rope_type", "default") != "default" else []
-    refused += [f"hidden_act {raw['hidden_act']!r}"] if raw.get("hidden_act", "silu") != "silu" else []
-    if refused:
-        raise UserError(f"{path}/config.json: {refused[0]} is not supported; use a checkpoint without it")
-    raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
-    known = {f.name for f in fields(Qwen3Config)}
-    missing = [k for k in sorted(known - {"initializer_range"}) if raw.get(k) is None and k != "tie_word_embeddings"]
-    if missing:
-        raise UserError(f"{path}/config.json: {', '.join(missing)} missing; expected the fields of a Qwen3 config")
-    raw.setdefault("tie_word_embeddings", False)
-    config = Qwen3Config(**{k: v for k, v in raw.items() if k in known})
+    def hand_over(p):
+        p.master.grad = p.grad.float() if p.master.grad is None else p.master.grad.add_(p.grad)
+        p.grad = None
 
-    index = path / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    files = [path / name for name in sorted(names)]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is missing: no .safetensors weights there; finish the stage that writes it, or the download")
-    weights = {}
-    for file in files:
-        try:
-            weights |= load_file(file)
-        except SafetensorError as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error}); write it again")
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # some exports carry a duplicate
-    for name, parts in fused_weights(config).items():
-        if all(part in weights for part in parts):
-            weights[name] = torch.cat([weights.pop(part) for part in parts])
-    with torch.device("meta"):
-        model = Qwen3(config)
-    wanted = model.state_dict()
-    wrong = [k for k in wanted if k not in weights or weights[k].shape != wanted[k].shape] + [k for k in weights if k not in wanted]
-    if wrong:
-        raise UserError(f"{path}: weights do not fit config.json at {wrong[0]} (and {len(wrong) - 1} more); expected a Qwen3 checkpoint")
-    if dtype is None:
-        dtype = torch.bfloat16 if raw.get("dtype", raw.get("torch_dtype")) == "bfloat16" else torch.float32
-    model.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
+    for p in model.parameters():
+        if p.dtype != torch.float32:
+            p.master = p.detach().float()
+            p.register_post_accumulate_grad_hook(hand_over)
 
-    # A turn may end in several ways: Qwen3 lists them in generation_config.json, and its base models name only <|endoftext|>, though
-    # their chat template closes a turn with <|im_end|>, the one that is learned here.
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if not tokenizer.chat_template:
-        raise UserError(f"{path}: the tokenizer has no chat template; copy chat_template.jinja from the instruct model of the same family")
-    if "<|im_end|>" in tokenizer.get_vocab():
-        tokenizer.eos_token = "<|im_end|>"
-    generation = path / "generation_config.json"
-    more = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    ends = {tokenizer.eos_token_id}.union(*(x if isinstance(x, list) else [x] for x in (config.eos_token_id, more) if x is not None))
-    config.eos_token_id = sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id
-    return model.to(device or "cpu").requires_grad_(True), tokenizer
+    # Muon steps matrices inside the layers; embeddings, norms and the output matrix are AdamW's
+    trained = {name: master(p) for name, p in model.named_parameters()}
+    gain = trained.pop("model.norm.weight")
+    inside = [name for name in trained if name.startswith("model.layers.") and trained[name].dim() == 2]
+    matrices = [trained.pop(name) for name in inside if muon_lr]
+    groups = [{"params": list(trained.values())}, {"params": [gain], "lr": gain_factor * lr}]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0)]
+    if muon_lr:
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01))
+
+    # schedules are factors of these rates (`set_lr`)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
 
 
-def save(model, tokenizer, path):
-    """Write a Hugging Face checkpoint folder.  The weights go last and by rename, so a folder that has them is complete."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(path)
-    config = asdict(model.config) | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False}
-    config |= {"hidden_act": "silu", "use_cache": True, "pad_token_id": tokenizer.pad_token_id}
-    config["dtype"] = str(model.model["embed_tokens"].weight.dtype).removeprefix("torch.")
-    # both spellings of theta: transformers 5 reads the nested one, older readers (and vLLM, SGLang) the flat one
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": model.config.rope_theta}
-    ends = {"eos_token_id": model.config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    write_atomic(path / "generation_config.json", lambda file: file.write_text(json.dumps(ends, indent=2) + "\n"))
-    write_atomic(path / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
-    state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    for name, parts in fused_weights(model.config).items():
-        state |= zip(parts, state.pop(name).split(list(parts.values())))
-    state = {k: v.contiguous() for k, v in state.items()}
-    write_atomic(path / "model.safetensors", lambda file: save_file(state, file, metadata={"format": "pt"}))
+def set_lr(optimizers, factor):
+    """Every learning rate = its base times factor."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
 
 
-def write_atomic(path, write):
-    """Call write(temporary file) beside path, flush it to disk, then rename: path is never half written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    write(aside)
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def update(model, optimizers):
+    """One optimizer step on the gradients of all ranks; returns their norm before clipping to 1.
 
-
-# ======================================================================================================================
-# 6. What every stage's loop uses: device, seeds, optimizer, log, resume
-# ======================================================================================================================
-
-
-def pick_device(name):
-    """torch.device for --device; 'auto' takes CUDA when there is one.  Prints what it took.
-
-    Under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK) also joins the other ranks: NCCL with a GPU for each, or gloo on a CPU whose
-    cores they share.  Only rank 0 prints and shows bars.
+    Each rank's loss is divided by the token count of the *whole* batch, so gradients are summed and
+    not averaged.
     """
-    if name != "cpu" and not torch.cuda.is_available():
-        if name != "auto":
-            raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu")
-        name = "cpu"
-    device = torch.device("cuda" if name == "auto" else name)
-    what = ""
-    if "LOCAL_RANK" in os.environ:
-        local, beside = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        if device.type == "cuda":
-            if beside > torch.cuda.device_count():
-                raise UserError(f"torchrun --nproc-per-node {beside}: {torch.cuda.device_count()} CUDA devices are visible; use fewer ranks")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        else:
-            torch.set_num_threads(max(1, os.cpu_count() // beside))
-        # a rank waits while another still decodes, or writes a checkpoint: long, but not for ever
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-        what = f", {dist.get_world_size()} ranks"
-        if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-    what = (torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads") + what
-    print(f"device: {device} ({what}), torch {torch.__version__}")
-    return device
-
-
-def run_main(main):
-    """Run a script's main: a UserError becomes one line on stderr and exit status 2, never a traceback."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    trained = [master(p) for p in model.parameters()]
     if dist.is_initialized():
-        dist.destroy_process_group()
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without work
+            dist.all_reduce(p.grad)
+    norm = nn.utils.clip_grad_norm_(trained, 1.0).item()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # masters are rounded back into the weights
+    for p in model.parameters():
+        p.data.copy_(master(p))
+    return norm
 
 
-# Data parallelism in four functions.  Every rank holds the whole model and decodes its share of the prompts; the finished rollouts go
-# to all ranks, so rewards, advantages and token counts are computed on the whole batch by the very code a single process runs; then each
-# rank runs its share of the forward and backward passes, and the gradients are added up.
+def recompute_activations(model):
+    """Keep only every layer's input for the backward pass, and compute the rest again there.
+
+    That takes a third more time, and a few dozen times less memory for activations.  Decoding,
+    without gradients, is not touched.
+    """
+    for layer in model.model["layers"]:
+
+        def forward(*args, run=layer.forward):
+            if not torch.is_grad_enabled():
+                return run(*args)
+
+            # nothing in a layer is random, so no generator's state has to be kept
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+        layer.forward = forward
+
+
+def pad_rows(rows, value, length=0):
+    """Right-pad integer lists to one tensor, at least so long.  Causal masks hide the padding.
+
+    [[1, 2], [3]], 0 -> [[1, 2], [3, 0]]
+    """
+    T = max(length, *map(len, rows))
+    return torch.tensor([list(row) + [value] * (T - len(row)) for row in rows])  # (B, T)
+
+
+# ---- devices and ranks ----
+# Data parallelism in four functions.  Every rank holds the whole model and decodes its share of the
+# prompts; the finished rollouts go to all ranks, so rewards, advantages and token counts are worked
+# out on the whole batch by the very code a single process runs; then each rank runs its share of
+# the forward and backward passes, and the gradients are added up (`update`).
 
 
 def ranks():
@@ -1013,7 +1653,10 @@ def ranks():
 
 
 def my_share(items):
-    """The part of a list that this rank works on; put together in rank order the parts are the list.  7 items, 2 ranks -> 3 and 4."""
+    """The part of a list that this rank works on; in rank order the parts are the list.
+
+    7 items, 2 ranks -> 3 and 4
+    """
     rank, world = ranks()
     return items[len(items) * rank // world : len(items) * (rank + 1) // world]
 
@@ -1027,305 +1670,59 @@ def from_all_ranks(items):
     return [item for part in parts for item in part]
 
 
-def update(model, optimizers):
-    """One optimizer step on the gradients of all ranks together, clipped to norm 1; returns their norm before clipping.
+def pick_device(name):
+    """torch.device for --device; 'auto' takes CUDA when there is one.  Prints what it took.
 
-    Each rank's loss is divided by the token count of the *whole* batch, so the gradients are summed and not averaged.
+    Under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK) also joins the other ranks: NCCL with a
+    GPU for each, or gloo on a CPU whose cores they share.  Only rank 0 prints and shows bars.
     """
-    trained = [getattr(p, "master", p) for p in model.parameters()]
+    if name != "cpu" and not torch.cuda.is_available():
+        if name != "auto":
+            raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu")
+        name = "cpu"
+    device = torch.device("cuda" if name == "auto" else name)
+
+    # under torchrun: a GPU for each rank, or a share of the cores
+    others = ""
+    if "LOCAL_RANK" in os.environ:
+        beside = int(os.environ["LOCAL_WORLD_SIZE"])
+        visible = torch.cuda.device_count()
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, os.cpu_count() // beside))
+        elif beside > visible:
+            raise UserError(
+                f"torchrun --nproc-per-node {beside}: {visible} CUDA devices are visible; use fewer ranks"
+            )
+        else:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # one GPU a rank
+            torch.cuda.set_device(device)
+
+        # a rank waits while another still decodes, or writes a checkpoint: long, but not for ever
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        others = f", {dist.get_world_size()} ranks"
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+    # told after the threads were shared out, so it is what this run has
+    what = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(f"device: {device} ({what}{others}), torch {torch.__version__}")
+    return device
+
+
+def run_main(main):
+    """Run a script's main: a UserError becomes one line on stderr, status 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if dist.is_initialized():
-        for p in trained:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without work
-        for work in [dist.all_reduce(p.grad, async_op=True) for p in trained]:
-            work.wait()
-    norm = nn.utils.clip_grad_norm_(trained, 1.0).item()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    for p, master in zip(model.parameters(), trained):
-        if master is not p:
-            p.data.copy_(master)
-    return norm
-
-
-class Run:
-    """A stage's output folder: `args.json`, `log.jsonl`, and `resume/` while it is running (D8).
-
-    Arguments that differ from those in `args.json` make a new run: what an earlier one left in the folder is removed.
-    All ranks read here, rank 0 alone writes.
-    """
-
-    def __init__(self, args):
-        self.path = Path(args.out)
-        self.began = time.time()
-        self.writes = ranks()[0] == 0
-        written, args_file = json.dumps(vars(args), indent=2) + "\n", self.path / "args.json"
-        if self.writes and (not args_file.is_file() or args_file.read_text() != written):
-            for stale in ("model.safetensors", "log.jsonl", "episodes.txt"):
-                (self.path / stale).unlink(missing_ok=True)
-            for stale in ("resume", "data"):
-                shutil.rmtree(self.path / stale, ignore_errors=True)
-            write_atomic(args_file, lambda file: file.write_text(written))
-        from_all_ranks([])  # nobody looks into the folder before it is in order
-
-    def start(self, model, optimizers):
-        """The step to go on after: 0, or where a killed run left off, with weights and optimizer state restored."""
-        state_file, log = self.path / "resume" / "state.safetensors", self.path / "log.jsonl"
-        if not state_file.is_file():
-            if self.writes:
-                log.unlink(missing_ok=True)
-                (self.path / "episodes.txt").unlink(missing_ok=True)
-            return 0
-        state = load_file(state_file)
-        step = int(state.pop("step"))
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(state[f"model.{name}"])
-                if hasattr(p, "master"):
-                    p.master.copy_(state[f"model.{name}"])
-        for i, optimizer in enumerate(optimizers):
-            packed = optimizer.state_dict()
-            packed["state"] = {}
-            for key, value in state.items():  # key: optim.<optimizer>.<parameter>.<name>
-                if key.startswith(f"optim.{i}."):
-                    _, _, parameter, name = key.split(".")
-                    packed["state"].setdefault(int(parameter), {})[name] = value
-            optimizer.load_state_dict(packed)
-        if self.writes and log.is_file():
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-            log.write_text("".join(line + "\n" for line in kept))
-        print(f"resuming {self.path} after step {step}")
-        return step
-
-    def checkpoint(self, model, optimizers, step):
-        """Write what `start` reads back."""
-        if not self.writes:
-            return
-        state = {f"model.{k}": getattr(p, "master", p).detach().cpu().contiguous() for k, p in model.named_parameters()}
-        for i, optimizer in enumerate(optimizers):
-            for parameter, values in optimizer.state_dict()["state"].items():
-                for name, value in values.items():
-                    state[f"optim.{i}.{parameter}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-        state["step"] = torch.tensor(step)
-        write_atomic(self.path / "resume" / "state.safetensors", lambda file: save_file(state, file))
-
-    def log(self, **row):
-        """Append one object to log.jsonl.  A non-finite loss stops the run; the last checkpoint stays."""
-        row["seconds"] = round(time.time() - self.began, 2)
-        if not math.isfinite(row.get("loss", 0.0)):
-            raise UserError(f"loss is {row['loss']} at step {row['step']}; {self.path} keeps its last good state: lower --lr and rerun")
-        if not self.writes:
-            return
-        with open(self.path / "log.jsonl", "a") as file:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
-
-    def episodes(self, step, episodes):
-        """Append three whole episodes to `episodes.txt`; each is (question, response, verdict)."""
-        if not self.writes:
-            return
-        with open(self.path / "episodes.txt", "a") as file:
-            for question, text, verdict in random.Random(step).sample(episodes, min(3, len(episodes))):
-                file.write(f"==== step {step} | {verdict}\n{question}\n{text}\n\n")
-
-    def finish(self, model, tokenizer):
-        """Write the stage's checkpoint and drop `resume/`."""
-        if self.writes:
-            save(model, tokenizer, self.path)
-            shutil.rmtree(self.path / "resume", ignore_errors=True)
-        from_all_ranks([])  # now every rank finds it
-        print(f"wrote {self.path} ({time.time() - self.began:.0f} s)")
-
-
-def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0):
-    """AdamW on everything; with muon_lr > 0, Muon on the matrices of the blocks and AdamW on the rest.
-
-    gain_factor: the last norm's gains, which are the scale of the logits, learn so many times faster.  They are of size 1 where a matrix's
-    entries are of 0.05, so at the same rate they hardly move; and every token has a say in each, so their gradient is the least noisy of all.
-
-    A weight that is not fp32 gets an fp32 master, `p.master`: added to a bf16 weight, a step of less than 1/256 of it is rounded away.
-    Backward adds its gradients up in the master's, the optimizers step the masters, and `update` rounds them back into the model.
-    """
-
-    def hand_over(p):
-        p.master.grad = p.grad.float() if p.master.grad is None else p.master.grad.add_(p.grad)
-        p.grad = None
-
-    for p in model.parameters():
-        if p.dtype != torch.float32:
-            p.master = p.detach().float()
-            p.register_post_accumulate_grad_hook(hand_over)
-    matrices = [p for p in model.model["layers"].parameters() if p.dim() == 2] if muon_lr else []
-    taken = {id(p) for p in matrices}
-    rest = [getattr(p, "master", p) for p in model.parameters() if id(p) not in taken]
-    matrices = [getattr(p, "master", p) for p in matrices]
-    gain = getattr(model.model["norm"].weight, "master", model.model["norm"].weight)
-    groups = [{"params": [p for p in rest if p is not gain]}, {"params": [gain], "lr": gain_factor * lr}]
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0)]
-    if muon_lr:
-        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01))
-    for optimizer in optimizers:
-        for g in optimizer.param_groups:
-            g["base_lr"] = g["lr"]
-    return optimizers
-
-
-def recompute_activations(model):
-    """Keep only every block's input for the backward pass, and compute what is inside again there: a third more time, and a few dozen
-    times less memory for activations.  Decoding, without gradients, is not touched."""
-    for block in model.model["layers"]:
-
-        def forward(*args, run=block.forward):
-            if not torch.is_grad_enabled():
-                return run(*args)
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
-
-        block.forward = forward
-
-
-def set_lr(optimizers, factor):
-    """Every learning rate = its base times factor."""
-    for optimizer in optimizers:
-        for g in optimizer.param_groups:
-            g["lr"] = g["base_lr"] * factor
-
-
-def response_text(tokenizer, ids):
-    """Decoded response without chat markup; tags stay, whether they are text, tokens, or tokens marked special (as in NPR-4B)."""
-    markup = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and not ANY_TAG.fullmatch(token.content)}
-    return tokenizer.decode([i for i in ids if i not in markup])
-
-
-def print_inherited(path):
-    """One line on what the checkpoint at path was made with."""
-    file = Path(path) / "args.json"
-    made = json.loads(file.read_text()) if file.is_file() else {}
-    told = ", ".join(f"{k} {v}" for k, v in made.items() if k in ("init", "steps", "lr", "seed", "kind", "sequential"))
-    print(f"init: {path} ({told or 'no args.json: not made by this project'})")
-
-
-def pad_rows(rows, value, length=0):
-    """Right-pad integer lists to one tensor, at least so long: [[1, 2], [3]], 0 -> [[1, 2], [3, 0]].  Causal masks hide the padding."""
-    T = max(length, *map(len, rows))
-    return torch.tensor([list(row) + [value] * (T - len(row)) for row in rows])  # (B, T)
-
-
-# ======================================================================================================================
-# 7. Pretraining the tiny base
-# ======================================================================================================================
-
-
-def corpus_batches(tokenizer, args, step):
-    """This rank's micro-batches of one step: (ids (B, T), mask (B, T)), mask True where a token is learned (the responses).
-
-    Seeded by (seed, step), so a resumed run sees what it would have seen.  Documents of a step are sorted by length, which
-    leaves 15 per cent of padding and lets attention take its fastest, purely causal path.
-    """
-    rng, docs = random.Random(f"{args.seed}/{step}"), []
-    while sum(len(ids) for ids, _ in docs) < args.batch_tokens:
-        question, system, response = corpus_document(rng, args.slip, args.valid_share, args.malformed_share)
-        prompt = prompt_ids(tokenizer, question, system)
-        docs.append((prompt + tokenizer.encode(response) + [tokenizer.eos_token_id], len(prompt)))
-    docs.sort(key=lambda d: len(d[0]))
-    rank, world = ranks()
-    docs = docs[rank::world]
-    size = math.ceil(len(docs) / args.micro_batches)
-    for i in range(0, len(docs), size):
-        ids = pad_rows([d[0] for d in docs[i : i + size]], tokenizer.pad_token_id)
-        starts, ends = torch.tensor([[p, len(d)] for d, p in docs[i : i + size]]).unbind(1)
-        column = torch.arange(ids.shape[1])[None]
-        yield ids, (column >= starts[:, None]) & (column < ends[:, None])
-
-
-def measure_base(path, n, seed, device):
-    """What the saved base can do, sampled by transformers' own `generate` (temperature 1): proof that the checkpoint is an
-    ordinary one.  Returns {kind: {accuracy when asked plainly, accuracy and valid share when asked for the format}}."""
-    model = AutoModelForCausalLM.from_pretrained(path).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    torch.manual_seed(seed)
-    table = {}
-    for kind in KINDS:
-        problems, row = my_share(make_problems(kind, "tune", n, seed)), {}
-        for name, system in (("plain", PLAIN_PROMPT), ("format", FORMAT_PROMPT)):
-            prompts = [{"input_ids": prompt_ids(tokenizer, p.question, system)} for p in problems]
-            batch = tokenizer.pad(prompts, return_tensors="pt").to(device)
-            out = model.generate(**batch, max_new_tokens=512, do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
-            texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            verdicts = from_all_ranks([(p.verify(t), is_canonical(t)) for p, t in zip(problems, texts)])
-            row[f"{name} accuracy"], row[f"{name} valid"] = (sum(column) / n for column in zip(*verdicts))
-        table[kind] = row
-    return table
-
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", default="out/stage0", help="folder to write the checkpoint to")
-    p.add_argument("--steps", type=int, default=2400, help="optimizer steps")
-    p.add_argument("--batch-tokens", type=int, default=4_096, help="tokens per optimizer step, prompts included")
-    p.add_argument("--micro-batches", type=int, default=3, help="pieces a step is cut into, by document length: two leave 24 %% of padding, three 15 %%")
-    p.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate (embeddings and norms)")
-    p.add_argument("--muon-lr", type=float, default=4e-3, help="Muon learning rate (matrices)")
-    p.add_argument("--warmdown", type=float, default=0.3, help="share of the steps over which the rate falls to zero at the end")
-    p.add_argument("--slip", type=float, default=0.06, help="probability that a single result in the corpus is wrong")
-    p.add_argument("--valid-share", type=float, default=0.25, help="share of format-asking documents that are perfect")
-    p.add_argument("--malformed-share", type=float, default=0.15, help="share of format-asking documents that nearly are")
-    p.add_argument("--hidden-size", type=int, default=128, help="width of the model, C")
-    p.add_argument("--layers", type=int, default=4, help="number of blocks")
-    p.add_argument("--save-every", type=int, default=200, help="steps between resume points")
-    p.add_argument("--measure", type=int, default=60, help="problems per kind for the closing measurement, 0 for none")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights and data")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
-    return p.parse_args(argv)
-
-
-def main():
-    args = parse_args()
-    device = pick_device(args.device)
-    torch.manual_seed(args.seed)
-    run = Run(args)
-
-    # ---- tokenizer and model ----
-    rng = random.Random(f"{args.seed}/tokenizer")
-    docs = [corpus_document(rng, args.slip, 0.5, 0.2) for _ in range(2000)]
-    tokenizer = train_tokenizer(text for doc in docs for text in doc + ("system", "user", "assistant"))
-    C = args.hidden_size
-    config = Qwen3Config(
-        vocab_size=math.ceil(len(tokenizer) / 16) * 16 + 16,  # spare rows, as in Qwen3: stage 2's tags will fit without resizing
-        hidden_size=C, intermediate_size=3 * C, num_hidden_layers=args.layers,
-        num_attention_heads=C // 32, num_key_value_heads=max(1, C // 64), eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model = Qwen3(config).to(device)
-    print(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens in the vocabulary")
-    optimizers = make_optimizers(model, args.lr, args.muon_lr)
-    first = run.start(model, optimizers)
-
-    # ---- train ----
-    bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc="stage 0", mininterval=1.0)
-    for step in bar:
-        began, batches = time.time(), list(corpus_batches(tokenizer, args, step))
-        learned = sum(from_all_ranks([int(mask[:, 1:].sum()) for _, mask in batches]))
-        loss = 0.0
-        for ids, mask in batches:
-            ids, mask = ids.to(device), mask.to(device)
-            with torch.autocast(device.type, torch.bfloat16):
-                logits = model.logits(model.hidden(ids[:, :-1])[mask[:, 1:]])  # (N, V): of what is learned only
-            nll = F.cross_entropy(logits.float(), ids[:, 1:][mask[:, 1:]], reduction="sum") / learned
-            nll.backward()
-            loss += nll.item()
-        # a short warm-up, then flat: the loss sits on a plateau for millions of tokens before arithmetic clicks
-        set_lr(optimizers, min(1.0, step / 50, (args.steps + 1 - step) / max(1.0, args.warmdown * args.steps)))
-        norm = update(model, optimizers)
-        loss, tokens = map(sum, zip(*from_all_ranks([(loss, sum(ids.numel() for ids, _ in batches))])))
-        run.log(step=step, loss=loss, grad_norm=norm, tokens_per_second=tokens / (time.time() - began))
-        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / (time.time() - began):.0f}", refresh=False)
-        if step % args.save_every == 0:
-            run.checkpoint(model, optimizers, step)
-    run.finish(model, tokenizer)
-
-    # ---- what can it do? ----
-    if args.measure:
-        print(f"what the base can do ({args.measure} problems per kind of the tune split, temperature 1, transformers' generate):")
-        for kind, row in measure_base(run.path, args.measure, args.seed, device).items():
-            print(f"  {kind:10s} " + "   ".join(f"{k} {v:.1%}" for k, v in row.items()))
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,14 @@ CONFIGS = [
     dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
     dict(num_attention_heads=4, num_key_value_heads=4, head_dim=16, tie_word_embeddings=False),
     dict(num_attention_heads=8, num_key_value_heads=1, head_dim=24, tie_word_embeddings=True, rope_theta=1e6),
-    dict(num_attention_heads=6, num_key_value_heads=2, head_dim=20, tie_word_embeddings=False, rope_theta=5e6, rms_norm_eps=1e-5),
+    dict(
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=20,
+        tie_word_embeddings=False,
+        rope_theta=5e6,
+        rms_norm_eps=1e-5,
+    ),
 ]
 
 
@@ -39,9 +46,18 @@ def test_logits_equal_transformers_after_save_and_load(tmp_path, device, plain_t
 def test_load_reads_a_checkpoint_that_transformers_wrote(tmp_path, plain_tokenizer, flat_theta):
     torch.manual_seed(0)
     config = HFConfig(
-        vocab_size=400, hidden_size=40, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, rope_theta=1e6, tie_word_embeddings=False, eos_token_id=2, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=400,
+        hidden_size=40,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
     theirs = Qwen3ForCausalLM(config)
     theirs.save_pretrained(tmp_path, max_shard_size="40KB")  # several shards
     plain_tokenizer.save_pretrained(tmp_path)
@@ -76,6 +92,19 @@ def test_layout_makes_branches_blind_to_each_other_and_position_shifts_show(toke
     with torch.no_grad():
         causal = model(torch.tensor([ids], device=model.device))[0]
     assert (whole - causal)[n + len(b1) :].abs().max() > 1e-2
+
+
+def test_siblings_and_other_documents_are_hidden_as_the_docstring_says():
+    block, branch, document = (
+        torch.tensor([[0, 1, 1, 1]]),
+        torch.tensor([[0, 1, 2, 2]]),
+        torch.tensor([[0, 0, 0, 1]]),
+    )
+    rows = ["".join(map(str, row)) for row in stage0.visible_mask(block, branch)[0].int().tolist()]
+    assert rows == ["1000", "1100", "1010", "1011"]
+    rows = ["".join(map(str, row)) for row in stage0.visible_mask(block, branch, document)[0].int().tolist()]
+    assert rows == ["1000", "1100", "1010", "0001"]
+    assert [stage0.bucket(n) for n in (100, 1100)] == [128, 1280]
 
 
 def spoil(path, **changes):
@@ -113,7 +142,10 @@ def test_a_duplicate_lm_head_of_a_tied_checkpoint_is_ignored(tmp_path, plain_tok
     model = random_model(len(plain_tokenizer), tie_word_embeddings=True)
     stage0.save(model, plain_tokenizer, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        tmp_path / "model.safetensors",
+    )
     ours, _ = stage0.load(tmp_path)
     assert set(ours.state_dict()) == set(model.state_dict())
 
@@ -139,6 +171,9 @@ def test_gain_factor_speeds_up_the_gains_of_the_last_norm_and_nothing_else(dtype
     before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     model(torch.arange(60).reshape(2, 30)).float().square().mean().backward()
     stage0.update(model, optimizers)
-    for name, p in model.named_parameters():  # the first step of Adam is the learning rate, whatever the gradient
+    for (
+        name,
+        p,
+    ) in model.named_parameters():  # the first step of Adam is the learning rate, whatever the gradient
         moved = (getattr(p, "master", p).detach() - before[name]).abs().max().item()
         assert moved == pytest.approx(5e-3 if name == "model.norm.weight" else 1e-3, rel=0.01)

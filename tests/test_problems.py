@@ -12,9 +12,16 @@ from stage0_model import KINDS, evaluate, last_boxed, make_problems
 
 @pytest.mark.parametrize("kind", [*KINDS, "all"])
 def test_problems_are_seeded_distinct_and_splits_are_disjoint(kind):
-    seen = {split: {p.question for p in make_problems(kind, split, 150, seed=3)} for split in ("train", "tune", "heldout")}
+    seen = {
+        split: {p.question for p in make_problems(kind, split, 150, seed=3)}
+        for split in ("train", "tune", "heldout")
+    }
     assert all(len(questions) == 150 for questions in seen.values())
-    assert not (seen["train"] & seen["tune"]) and not (seen["train"] & seen["heldout"]) and not (seen["tune"] & seen["heldout"])
+    assert (
+        not (seen["train"] & seen["tune"])
+        and not (seen["train"] & seen["heldout"])
+        and not (seen["tune"] & seen["heldout"])
+    )
     again = make_problems(kind, "heldout", 150, seed=3)
     assert {p.question for p in again} == seen["heldout"]
     assert {p.question for p in make_problems(kind, "heldout", 150, seed=4)} != seen["heldout"]
@@ -43,14 +50,22 @@ def test_the_stated_answer_is_right_by_an_independent_calculation(kind, split):
                     value = {"+": value + n, "-": value - n, "*": value * n}[op] % 100
                 ends.append(value)
             goal = p.question.rstrip("?").split(", ")[1].split(" of ")[0]
-            assert int(p.answer) == {"largest": max, "smallest": min, "total": lambda e: sum(e) % 100}[goal](ends)
+            assert int(p.answer) == {"largest": max, "smallest": min, "total": lambda e: sum(e) % 100}[goal](
+                ends
+            )
         elif kind == "sums":
             terms, asked = p.question.rstrip("?").split(" modulo 100, total of ")
-            asked = "".join(t.replace(":", "") for t in terms.split(" ") if t.lstrip("+-")[0] in asked.split(" "))
+            asked = "".join(
+                t.replace(":", "") for t in terms.split(" ") if t.lstrip("+-")[0] in asked.split(" ")
+            )
             assert asked[0] != "-"  # a total never begins by taking away
-            assert int(p.answer) == eval(re.sub("[A-H]", "", asked)) % 100  # A37*6-B12*4 -> 37*6-12*4: our own question, not model text
+            assert (
+                int(p.answer) == eval(re.sub("[A-H]", "", asked)) % 100
+            )  # A37*6-B12*4 -> 37*6-12*4: our own question, not model text
         else:
-            given, target = ([int(n) for n in side.rstrip("?").split()] for side in p.question.split(" make "))
+            given, target = (
+                [int(n) for n in side.rstrip("?").split()] for side in p.question.split(" make ")
+            )
             if p.answer == "none":
                 for a, b, c in itertools.permutations(given):
                     for first, second in itertools.product("+-*", repeat=2):
@@ -64,32 +79,45 @@ def test_the_stated_answer_is_right_by_an_independent_calculation(kind, split):
 
 def test_hard_problems_are_more_than_any_training_problem():
     operations = {
-        split: [sum(len(ops) for _, ops in p.parts["chains"]) for p in make_problems("chains", split, 200, 0)] for split in ("train", "hard")
+        split: [sum(len(ops) for _, ops in p.parts["chains"]) for p in make_problems("chains", split, 200, 0)]
+        for split in ("train", "hard")
     }
     assert max(operations["train"]) == 60 and set(operations["hard"]) == {96}
     assert all(p.question.count(":") == 8 for p in make_problems("chains", "hard", 20, 0))
     assert {len(p.parts["terms"]) for p in make_problems("sums", "train", 200, 0)} == {2, 3, 4, 5, 6}
     assert {len(p.parts["terms"]) for p in make_problems("sums", "hard", 20, 0)} == {7, 8}
-    assert max(p.question.count("*") for p in make_problems("sums", "train", 200, 0)) == 8  # a question as long as the hard ones
+    assert (
+        max(p.question.count("*") for p in make_problems("sums", "train", 200, 0)) == 8
+    )  # a question as long as the hard ones
     assert all(len(p.parts["numbers"]) == 4 for p in make_problems("countdown", "hard", 20, 0))
 
 
 def test_nothing_of_a_hard_chains_problem_is_new_but_that_it_is_all_at_once():
     seen = {split: make_problems("chains", split, 600, 0) for split in ("train", "hard")}
-    for measure in (lambda p: p.question.count(":"), lambda p: len(p.parts["labels"]), lambda p: len(p.parts["chains"][0][1])):
+    for measure in (
+        lambda p: p.question.count(":"),
+        lambda p: len(p.parts["labels"]),
+        lambda p: len(p.parts["chains"][0][1]),
+    ):
         assert max(map(measure, seen["hard"])) == max(map(measure, seen["train"]))
     longest = {split: max(len(p.question) for p in problems) for split, problems in seen.items()}
     assert longest["train"] > 0.95 * longest["hard"]  # 600 problems may miss the very longest question
 
 
 def test_some_countdowns_of_the_training_kind_have_no_solution_and_none_of_the_hard_ones():
-    share = {split: sum(p.answer == "none" for p in make_problems("countdown", split, 300, 0)) / 300 for split in ("train", "hard")}
+    share = {
+        split: sum(p.answer == "none" for p in make_problems("countdown", split, 300, 0)) / 300
+        for split in ("train", "hard")
+    }
     assert 0.1 < share["train"] < 0.3 and share["hard"] == 0
 
 
 def test_training_problems_name_every_label_that_a_hard_one_names():
     for kind in ("chains", "sums"):
-        named = {split: {label for p in make_problems(kind, split, 60, 0) for label in p.parts["labels"]} for split in ("train", "hard")}
+        named = {
+            split: {label for p in make_problems(kind, split, 60, 0) for label in p.parts["labels"]}
+            for split in ("train", "hard")
+        }
         assert named["hard"] <= named["train"]
 
 
@@ -117,7 +145,9 @@ def test_clean_worked_solutions_are_right_and_slips_make_some_wrong():
         assert all(p.verify(stage0.tagged_solution(*stage0.work_out(p, rng, 0.0))) for p in problems)
         assert all(p.verify(stage0.plain_solution(*stage0.work_out(p, rng, 0.0))) for p in problems)
         slipped = sum(p.verify(stage0.tagged_solution(*stage0.work_out(p, rng, 0.05))) for p in problems)
-        assert 0.2 < slipped / 300 < (1 if kind == "countdown" else 0.95)  # most countdowns have more than one way
+        assert (
+            0.2 < slipped / 300 < (1 if kind == "countdown" else 0.95)
+        )  # most countdowns have more than one way
 
 
 def test_no_malformed_corpus_document_has_fewer_tokens_than_its_valid_form(plain_tokenizer):
@@ -172,8 +202,12 @@ def test_countdown_accepts_any_expression_that_uses_each_number_once(answer, rig
 
 def test_where_nothing_reaches_the_target_only_the_word_none_is_right():
     p = stage0.Problem("countdown", "3 9 14 make 16?", "none", {"numbers": [3, 9, 14], "target": 16})
-    assert p.verify("\\boxed{none}") and not p.verify("\\boxed{14+2}") and not p.verify("\\boxed{None of them}")
-    assert not stage0.Problem("countdown", "3 9 14 make 15?", "(14-9)*3", p.parts | {"target": 15}).verify("\\boxed{none}")
+    assert (
+        p.verify("\\boxed{none}") and not p.verify("\\boxed{14+2}") and not p.verify("\\boxed{None of them}")
+    )
+    assert not stage0.Problem("countdown", "3 9 14 make 15?", "(14-9)*3", p.parts | {"target": 15}).verify(
+        "\\boxed{none}"
+    )
     assert stage0.reachable([2, 3]) == {1, 2, 3, 5, 6}
 
 
@@ -181,6 +215,30 @@ def test_small_readers_do_what_their_docstrings_say():
     assert last_boxed("x \\boxed{a{b}} y") == "a{b}" and last_boxed("none") is None
     assert evaluate("(3+4)*2") == (14, [3, 4, 2])
     assert evaluate("().__class__") == (None, [])
+    assert stage0.first_moves([2, 3]) == [(3, "+", 2, []), (3, "-", 2, []), (3, "*", 2, [])]
+    assert (
+        stage0.two_moves(7, "+", 5, "+", 18, 12) == "(7+5)+18"
+        and stage0.two_moves(7, "+", 5, "-", 18, 12) == "18-(7+5)"
+    )
+    tagged = "<guideline><plan>1:A</plan></guideline><step>1:A7+2=9</step><takeaway>9</takeaway>\\boxed{9}"
+    assert stage0.tagged_solution([(["A"], ["A7+2=9"], "9")], "9") == tagged
+
+
+def test_every_kind_is_worked_out_as_its_docstring_says():
+    rng = random.Random(0)
+    assert stage0.add_up([("+", "a", 51), ("-", "b", 66)], rng, 0.0) == ("a51-b66=85", "85")
+    chains = {
+        "labels": ["A", "B"],
+        "chains": [(12, [("+", 5), ("*", 3)]), (40, [("-", 7), ("*", 2)])],
+        "goal": "largest",
+    }
+    worked = ["A12+5=17*3=51;a51", "B40-7=33*2=66;b66"]
+    assert stage0.work_out_chains(chains, rng, 0.0) == ([(["A", "B"], worked, "a51b66")], "66")
+    sums = {"labels": ["A", "B"], "terms": [("+", 37, 6), ("-", 12, 4)]}
+    [(_, steps, takeaway)], answer = stage0.work_out_sums(sums, rng, 0.0)
+    assert (steps[0], takeaway, answer) == ("A37*6=30*6+7*6=180+42=222;a22", "a22-b48=74", "74")
+    tried = stage0.try_move(14, "-", 9, [3], 15, rng, 0.0)
+    assert tried == ("14-9=5;5+3=8/15n5-3=2/15n5*3=15/15y;y(14-9)*3", "(14-9)*3")
 
 
 def test_unknown_kind_or_split_is_refused_by_name():
@@ -196,4 +254,5 @@ def test_tokenizer_round_trips_any_text_and_splits_digits(plain_tokenizer):
     assert len(plain_tokenizer.encode("1234")) == 4
     assert len(plain_tokenizer.encode("<guideline>")) == 3  # tags are ordinary text until stage 2
     prompt = plain_tokenizer.decode(stage0.prompt_ids(plain_tokenizer, "12*2 total?", "Be brief."))
-    assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n12*2 total?<|im_end|>\n<|im_start|>assistant\n"
+    system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\n12*2 total?<|im_end|>\n"
+    assert prompt == f"{system}{user}<|im_start|>assistant\n"
