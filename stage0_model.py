@@ -623,8 +623,8 @@ def draw_countdown(rng, hard):
             answer = "none"
 
         # drawn anew while it is given, too small or large, or can be reached after all
-        fits = 10 <= target <= 99 and target not in numbers
-        if fits and (answer != "none" or target not in reachable(numbers)):
+        known = reachable(numbers) if answer == "none" else numbers
+        if 10 <= target <= 99 and target not in known:
             break
     question = f"{' '.join(map(str, numbers))} make {target}?"
     return Problem("countdown", question, answer, {"numbers": numbers, "target": target})
@@ -781,8 +781,7 @@ def work_out_countdown(parts, rng, slip):
             k = len(moves)
         tries = [try_move(*move, parts["target"], rng, slip) for move in moves[:k]]
         answer = next((expression for _, expression in tries if expression), "none")
-        plans = [f"{x}{op}{y}" for x, op, y, _ in moves[:k]]
-        rounds.append((plans, [step for step, _ in tries], answer))
+        rounds.append(([f"{x}{op}{y}" for x, op, y, _ in moves[:k]], [step for step, _ in tries], answer))
         moves = moves[k:]
     return rounds, answer
 
@@ -935,8 +934,8 @@ def main():
 
     # weights are drawn on the CPU, so a seed means the same model on every device
     model = Qwen3(config).to(device)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"model: {millions:.2f}M parameters, {len(tokenizer)} tokens in the vocabulary")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"model: {size:.2f}M parameters, {len(tokenizer)} tokens in the vocabulary")
     optimizers = make_optimizers(model, args.lr, args.muon_lr)
     first = run.start(model, optimizers)
 
@@ -1068,7 +1067,7 @@ def read_weights(path):
         else {"model.safetensors"}
     )
 
-    # A file is mapped into memory, not read, so a missing one is met before much time is spent.
+    # every file of the index must be there, or the download is not finished
     weights = {}
     for file in (path / name for name in sorted(names)):
         if not file.is_file():
@@ -1076,6 +1075,8 @@ def read_weights(path):
                 f"{file} is missing: no .safetensors weights there; "
                 "finish the stage that writes it, or the download"
             )
+
+        # a file that was cut off says so itself
         try:
             weights |= load_file(file)
         except SafetensorError as error:
@@ -1125,6 +1126,8 @@ def read_tokenizer(path, config):
     ends = {tokenizer.eos_token_id}
     for named in (config.eos_token_id, [] if more is None else more):
         ends.update(named if isinstance(named, list) else [named])
+
+    # one id stays a number, as in the files
     config.eos_token_id = sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id
     return tokenizer
 
@@ -1315,8 +1318,8 @@ def grid_problem(name, question, solution):
         )
     grid = {f"{head} {cells[0]}": dict(zip(columns, cells[1:])) for cells in solution["rows"]}
     blank = json.dumps({house: dict.fromkeys(columns, "...") for house in grid})
-    question += f"\n\nGive the whole solution as JSON: \\boxed{{{blank}}}"
-    return Problem("grid", question, json.dumps(grid))
+    asked = f"{question}\n\nGive the whole solution as JSON: \\boxed{{{blank}}}"
+    return Problem("grid", asked, json.dumps(grid))
 
 
 def choice_problem(question, options, answer):
@@ -1523,10 +1526,9 @@ class Run:
 
     def episodes(self, step, episodes):
         """Append three whole episodes to `episodes.txt`; each is (question, response, verdict)."""
-        chosen = random.Random(step).sample(episodes, min(3, len(episodes)))
         if self.writes:
             with open(self.path / "episodes.txt", "a") as file:
-                for question, text, verdict in chosen:
+                for question, text, verdict in random.Random(step).sample(episodes, min(3, len(episodes))):
                     file.write(f"==== step {step} | {verdict}\n{question}\n{text}\n\n")
 
     def finish(self, model, tokenizer):
@@ -1572,15 +1574,17 @@ def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0):
     gain = trained.pop("model.norm.weight")
     inside = [name for name in trained if name.startswith("model.layers.") and trained[name].dim() == 2]
     matrices = [trained.pop(name) for name in inside if muon_lr]
-    groups = [{"params": list(trained.values())}, {"params": [gain], "lr": gain_factor * lr}]
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0)]
-    if muon_lr:
-        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01))
+    gain_lr = gain_factor * lr
 
-    # schedules are factors of these rates (`set_lr`)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+    # schedules are factors of each group's `base_lr` (`set_lr`)
+    groups = [
+        {"params": list(trained.values()), "lr": lr, "base_lr": lr},
+        {"params": [gain], "lr": gain_lr, "base_lr": gain_lr},
+    ]
+    optimizers = [torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)]
+    if muon_lr:
+        groups = [{"params": matrices, "lr": muon_lr, "base_lr": muon_lr}]
+        optimizers.append(torch.optim.Muon(groups, weight_decay=0.01))
     return optimizers
 
 
