@@ -111,6 +111,7 @@ def measure(judged):
     def share(key, of):
         return sum(row[key] for row in flat) / max(1, sum(row[of] for row in flat))
 
+    # Right answers: the mean of all samples, and problems that any of their k samples solves.
     accuracy, ci = mean_and_ci([[row["right"] for row in rows] for rows in judged])
     return {
         "accuracy": accuracy,
@@ -128,7 +129,7 @@ def measure(judged):
         "copied steps": share("copied_steps", "steps"),
         "empty steps": share("empty_steps", "steps"),
         "answer in a plan": mean("answer_in_plan"),
-        # Whoever looks at the problem makes as many plans as it has parts (0: no way to the target).
+        # Whoever looks at the problem makes as many plans as it has parts (0: no way to a target).
         "plans by parts": {
             parts: mean("plans", [row for row in flat if row["parts"] == parts])
             for parts in sorted({row["parts"] for row in flat} - {None})
@@ -161,8 +162,9 @@ def modes_of(spec):
 
 def system_prompt(mode, args):
     """What precedes the question in a mode: asked plainly, or for the format."""
-    plain = REAL_PLAIN_PROMPT if args.bench else PLAIN_PROMPT
-    return plain if mode == "plain" else read_prompt(args.prompt_file, args.bench)
+    if mode == "plain":
+        return REAL_PLAIN_PROMPT if args.bench else PLAIN_PROMPT
+    return read_prompt(args.prompt_file, args.bench)
 
 
 def decode(engine, problems, mode, args, k=1, temperature=1.0, progress=True):
@@ -213,8 +215,8 @@ def agreement(engine, problems, mode, args, rollouts, most=200):
     for rows, ids, batch_layout, mask in batches(examples, 2_048, engine.model.device):
         theirs = torch.tensor([x for i in rows for x in pairs[i][1].logprobs])  # (response tokens,)
         gap = token_logprobs(engine.model, ids, batch_layout)[0][mask].cpu() - theirs
-        forced = torch.tensor([x for i in rows for x in pairs[i][1].forced])
-        worst = max(worst, gap[~forced].abs().max().item())
+        sampled = ~torch.tensor([x for i in rows for x in pairs[i][1].forced])
+        worst = max(worst, gap[sampled].abs().max().item())
     return worst
 
 
@@ -236,13 +238,15 @@ def judge_checkpoint(path, mode, problems, args, device):
 
     # What parallel thought can do differs by kind of problem, so each is measured by itself too.
     judged = judge_all(problems, rollouts, engine.tokenizer)
-    kinds = dict.fromkeys(problem.kind for problem in problems)
     result = {
         "checkpoint": path,
         "mode": mode,
         **measure(judged),
-        "tokens/s": speed,
-        "kinds": {kind: measure([rows for rows in judged if rows[0]["kind"] == kind]) for kind in kinds},
+        "tokens/s": speed,  # of the whole batch
+        "kinds": {
+            kind: measure([rows for rows in judged if rows[0]["kind"] == kind])
+            for kind in dict.fromkeys(p.kind for p in problems)
+        },
         "greedy": measure(judge_all(problems, greedy, engine.tokenizer))["accuracy"],
         "logprob gap": agreement(engine, problems, mode, args, rollouts),
     }
@@ -290,7 +294,7 @@ NAMES = {"checkpoint": "{checkpoint}", "mode": "{mode}"}
 def main_row(result, k):
     """A checkpoint's row of the first table: how often right, how parallel, how fast."""
     first = result["minus first row"] is None
-    row = NAMES | {
+    columns = NAMES | {
         "accuracy %": "{accuracy:.1%} ±{accuracy ci95:.1%}",
         **({"best@k %": "{best@k:.1%}"} if k > 1 else {}),
         "minus row above": "-" if first else "{minus row above[0]:+.1%} ±{minus row above[1]:.1%}",
@@ -307,7 +311,7 @@ def main_row(result, k):
         "s/answer": "{seconds to answer:.3f}",
         "logp gap": "{logprob gap:.0e}",
     }
-    return cells(result, row)
+    return cells(result, columns)
 
 
 def kinds_row(result):
@@ -362,9 +366,9 @@ def write(path, text):
 def publish(text, path, args, device, **results):
     """Print a report, and write it to <path>.txt and, with all its numbers, to <path>.json."""
     print("\n" + text)
-    report = {"args": vars(args), "torch": torch.__version__, "device": str(device)} | results
     write(path.with_suffix(".txt"), text)
-    write(path.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
+    settings = {"args": vars(args), "torch": torch.__version__, "device": str(device)}
+    write(path.with_suffix(".json"), json.dumps(settings | results, indent=2) + "\n")
 
 
 def parse_args(argv=None):
@@ -397,6 +401,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # or fail now, not after an hour
     if args.bench:
         return run_benches(args, device)
 
@@ -410,12 +415,12 @@ def main():
         result["seconds to answer"] = seconds
 
     # ---- report: eval.json comes last, because make takes it for the sign that all is there ----
-    lines = [
+    responses = [
         json.dumps({"checkpoint": path, "mode": mode, **row}) + "\n"
         for (path, mode), each in zip(pairs, judged)
-        for row in sum(each, [])
+        for row in sum(each, [])  # the rows of all problems
     ]
-    write(Path(args.out) / "responses.jsonl", "".join(lines))
+    write(Path(args.out) / "responses.jsonl", "".join(responses))
     head = (
         f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, "
         f"greedy on the first {min(args.greedy, args.n)}, device {device}"
@@ -453,7 +458,7 @@ def bench_rows(engine, path, mode, name, problems, args):
     They are kept in <out>/<bench>/<checkpoint>=<mode>.jsonl, after a line of settings: a run killed
     and begun again with the same settings goes on where it was, one with others begins anew.
     """
-    weights = [(f.name, f.stat().st_size, int(f.stat().st_mtime)) for f in Path(path).glob("*.safetensors")]
+    files = Path(path).glob("*.safetensors")
     settings = {
         "k": args.k,
         "temperature": args.temperature,
@@ -462,7 +467,8 @@ def bench_rows(engine, path, mode, name, problems, args):
         "seed": args.seed,
         "checkpoint": path,
         "mode": mode,
-        "weights": sorted(weights),  # others, once it was trained anew
+        # Files of another size or date: it was trained anew.
+        "weights": sorted((f.name, f.stat().st_size, int(f.stat().st_mtime)) for f in files),
         "problems": len(problems),
         "prompt": system_prompt(mode, args),
     }
@@ -510,15 +516,18 @@ def run_benches(args, device):
         engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
         if "=" not in spec and not Path(path).is_dir() and TAGS[0] in engine.tokenizer.get_vocab():
             mode = "parallel"  # a checkpoint of the hub that has the tags
-        # Parallel decoding has to beat the same weights decoding sequentially.
+        # What parallel decoding has to beat is the same weights decoding sequentially.
         contestants = [(engine, mode), (engine, "format")] if mode == "parallel" else [(engine, mode)]
         for name, problems in sets.items():
             judged = bench_rows(engine, path, mode, name, problems, args)
-            seconds = [[row["seconds"] for row in rows] for rows in judged]
+            flat = sum(judged, [])  # the rows of all problems
             times = time_to_answer(contestants, problems, args)
-            result = {"bench": name, "checkpoint": path, "mode": mode} | measure(judged)
-            result |= {
-                "tokens/s": result["tokens"] / float(np.mean(seconds)),
+            result = {
+                "bench": name,
+                "checkpoint": path,
+                "mode": mode,
+                **measure(judged),
+                "tokens/s": sum(row["tokens"] for row in flat) / sum(row["seconds"] for row in flat),
                 "seconds to answer": times[0],
                 "seconds to answer, sequentially": times[-1],
             }
@@ -540,8 +549,8 @@ def run_benches(args, device):
         "s/answer": "{seconds to answer:.2f}",
         "sequentially": "{seconds to answer, sequentially:.2f}",  # the same weights, one branch
     }
-    head = f"{args.k} sample(s) at temperature {args.temperature}, device {device}"
-    text = f"{head}\n\n{table([cells(result, columns) for result in results])}\n"
+    rows = [cells(result, columns) for result in results]
+    text = f"{args.k} sample(s) at temperature {args.temperature}, device {device}\n\n{table(rows)}\n"
     publish(text, Path(args.out) / "bench", args, device, results=results)
 
 
@@ -565,9 +574,10 @@ def trace_page(traces):
         ".takeaway{background:#232}.step{background:#332a18}.final{background:#222}}"
     )
     page = [f"<!doctype html><meta charset=utf-8><title>Native parallel traces</title><style>{style}</style>"]
+    # What lies between the blocks is a span too: the text before, and the answer.
+    spans = r"<guideline>.*?</guideline>|(?:<step>.*?</step>)+|<takeaway>.*?</takeaway>|[^<]+"
     for title, text in traces:
         page.append(f"<h3>{html.escape(title)}</h3>")
-        spans = r"<guideline>.*?</guideline>|(?:<step>.*?</step>)+|<takeaway>.*?</takeaway>|[^<]+"
         for span in re.findall(spans, text, re.S):
             # Steps become columns; a guideline is shown as its plans, all else as bare text.
             name = re.match(r"<(\w+)>|", span)[1]
@@ -576,10 +586,9 @@ def trace_page(traces):
                 columns = "".join(f"<div class=step><pre>{step}</pre></div>" for step in steps)
                 page.append(f"<div class=steps>{columns}</div>")
             else:
-                bare = "\n".join(re.findall(r"<plan>(.*?)</plan>", span, re.S)) or re.sub(
-                    r"</?\w+>", "", span
-                )
-                page.append(f"<div class={name or 'final'}><pre>{html.escape(bare)}</pre></div>")
+                plans = "\n".join(re.findall(r"<plan>(.*?)</plan>", span, re.S))
+                bare = html.escape(plans or re.sub(r"</?\w+>", "", span))
+                page.append(f"<div class={name or 'final'}><pre>{bare}</pre></div>")
     return "\n".join(page) + "\n"
 
 
