@@ -1,16 +1,16 @@
 r"""The judge: any number of checkpoints, side by side, on problems none of them was trained on.
 
-In : checkpoint folders.      Out: a table, and in --out: eval.json, eval.txt, responses.jsonl, trace.html (open it in a browser).
+In : checkpoint folders.
+Out: a table, and in --out: eval.json, eval.txt, responses.jsonl, trace.html (for a browser).
 
     python eval.py out/stage0 out/stage1 out/stage2 out/stage3
     python eval.py out/stage3 out/stage3_seq --split hard --n 100 --out out/hard
-    python eval.py out/stage1 out/stage2 out/stage3 --curves assets/curves.png        # what the stages logged, as a picture
-    python eval.py out out/seed1 out/seed2 --summary                 # finished judgements of several seeds, as one table
-    python eval.py out/npr --bench aime25 math500 --k 8 --out out/real      # real problems: responses kept, resumable by problem
+    python eval.py out/npr --bench aime25 math500 --k 8 --out out/real    # real problems, resumable
 
-Each checkpoint is decoded in the mode it was made for: a base is asked plainly, and asked for the format; a stage-1 checkpoint and
-the sequential twins decode sequentially under the format prompt; stages 2 and 3 decode in parallel.  `path=plain`, `path=format` and
-`path=parallel` choose by hand.  Metrics are explained in the README's glossary.
+Each checkpoint is decoded in the mode it was made for: a base is asked plainly, and asked for the
+format; a stage-1 checkpoint and the sequential twins decode sequentially under the format prompt;
+stages 2 and 3 decode in parallel.  `path=plain`, `path=format` and `path=parallel` choose by hand.
+The README's glossary explains the metrics; docs/figures.py makes pictures and tables of many runs.
 """
 
 import argparse
@@ -20,108 +20,98 @@ import re
 import time
 from pathlib import Path
 
-import numpy as np
+import numpy as np  # torch decodes, numpy counts
 import torch
 from tqdm import tqdm
 
-from engine import TAGS, Engine, Sequence, batches, token_logprobs
-from stage0_model import (
-    KINDS, PLAIN_PROMPT, REAL_PLAIN_PROMPT, SPLITS, UserError, apply_op, first_moves, from_all_ranks, last_boxed, load, make_problems,
-    my_share, pick_device, prompt_ids, ranks, read_problems, read_prompt, response_text, run_main, write_atomic,
-)  # fmt: skip
+from engine import TAGS, Engine, Example, batches, token_logprobs
+from stage0_model import KINDS, PLAIN_PROMPT, REAL_PLAIN_PROMPT, SPLITS, UserError, apply_op, first_moves
+from stage0_model import from_all_ranks, last_boxed, load, make_problems, my_share, pick_device, prompt_ids
+from stage0_model import ranks, read_problems, read_prompt, response_text, run_main, write_atomic
 from stage1_zero import parse_response
 
-MODES = ("plain", "format", "parallel")
-
-# The paper's eight benchmarks: file in --bench-dir, else hub name.  ZebraLogic's public version has its solutions masked.
-BENCHES = {
-    "aime25": ("aime25.json", "math-ai/aime25"),
-    "aime24": ("aime24.jsonl", "math-ai/aime24"),
-    "hmmt25": ("hmmt_feb_2025.json", "MathArena/hmmt_feb_2025"),
-    "olympiad": ("olympiadbench.jsonl", "math-ai/olympiadbench"),
-    "minerva": ("minerva_math.jsonl", "math-ai/minervamath"),
-    "zebra": ("zebra.jsonl", "allenai/ZebraLogicBench-private:grid_mode"),
-    "amc23": ("amc23.json", "math-ai/amc23"),
-    "math500": ("math500.json", "HuggingFaceH4/MATH-500"),
-}
-
-
-def modes_of(spec):
-    """'out/stage2' or 'out/stage2=format' -> [(path, mode), ..]: the modes a checkpoint is judged in."""
-    path, _, mode = spec.partition("=")
-    if mode and mode not in MODES:
-        raise UserError(f"{spec}: unknown mode {mode!r}, expected one of {', '.join(MODES)}")
-    if mode:
-        return [(path, mode)]
-    file = Path(path) / "args.json"
-    made = json.loads(file.read_text()) if file.is_file() else {}
-    tokenizer_file = Path(path) / "tokenizer.json"
-    if tokenizer_file.is_file() and json.dumps(TAGS[0]) in tokenizer_file.read_text() and not made.get("sequential"):
-        return [(path, "parallel")]
-    return [(path, "format")] if "init" in made else [(path, "plain"), (path, "format")]
-
-
-def mean_and_ci(values_per_problem):
-    """Mean over problems of each one's mean over its samples, and the half-width of its 95 % interval (normal, n problems).
-
-    [[1, 0], [1, 1]] -> mean of 0.5 and 1.0 is 0.75; std 0.354 / sqrt(2) * 1.96 = 0.49
-    """
-    means = np.array([np.mean(v) for v in values_per_problem], dtype=float)
-    return float(means.mean()), float(1.96 * means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
-
-
-def system_prompt(mode, args):
-    """What precedes the question in a mode: asked plainly, or for the format."""
-    return (REAL_PLAIN_PROMPT if args.bench else PLAIN_PROMPT) if mode == "plain" else read_prompt(args.prompt_file, args.bench)
-
-
-def decode(engine, problems, mode, args, k=1, temperature=1.0, progress=True):
-    """k rollouts of every problem in a mode.  List of lists of Rollout.  Each rank decodes its share; all get all."""
-    system = system_prompt(mode, args)
-    prompts = [prompt_ids(engine.tokenizer, p.question, system) for p in my_share(problems)]
-    rollouts = engine.generate(
-        prompts, n=k, parallel=mode == "parallel", max_new_tokens=args.max_new_tokens, temperature=temperature, top_p=args.top_p,
-        seed=args.seed, progress=progress,
-    )  # fmt: skip
-    return from_all_ranks(rollouts)
-
-
-def parts_of(problem):
-    """How many parts a made problem has: its chains, its terms, or the first moves that lead to a countdown's target.  None for a real one.
-
-    3 4 5 make 35 -> 1: only 3+4, then 7*5      3 4 5 make 12 -> 3: 3+4+5 may begin with any two
-    """
-    if problem.kind == "countdown":
-        target, values = problem.parts["target"], [(apply_op(x, op, y), rest) for x, op, y, rest in first_moves(problem.parts["numbers"])]
-        return sum(any(apply_op(max(value, z), op, min(value, z)) == target for z in rest for op in "+-*") for value, rest in values)
-    return len(problem.parts.get("chains") or problem.parts.get("terms") or []) or None
+# ==================================================================================================
+# 1. What is judged: one response, then all of a checkpoint's
+# ==================================================================================================
 
 
 def judge(problem, rollout, tokenizer):
     """What is kept of a response: {problem, response, right, valid, ..}, ready for jsonl."""
     text = response_text(tokenizer, rollout.ids)
-    parsed, boxed = parse_response(text), last_boxed(text)
-    blocks = parsed.blocks
+    parsed = parse_response(text)
+    boxed = last_boxed(text)
     return {
-        "problem": problem.question, "kind": problem.kind, "answer": problem.answer, "response": text, "right": problem.verify(text),
+        "problem": problem.question,
+        "kind": problem.kind,
+        "answer": problem.answer,
+        "response": text,
+        "right": problem.verify(text),
+        # A response that was cut off is not valid, however perfect its text.
         "valid": rollout.finish_reason == "stop" and not parsed.violations,
-        "finish_reason": rollout.finish_reason, "error": rollout.error,
-        "tokens": len(rollout.ids), "critical_path": rollout.critical_path, "branches": rollout.max_branches,
-        "plans": sum(len(plans) for plans, _, _ in blocks), "parts": parts_of(problem),
-        # signs of collapse: a block that has nothing to fork, steps that repeat another, say nothing, or were not needed
-        "blocks": len(blocks), "single_plan_blocks": sum(len(plans) == 1 for plans, _, _ in blocks),
-        "steps": sum(len(steps) for _, steps, _ in blocks),
-        "copied_steps": sum(len(steps) - len(set(steps)) for _, steps, _ in blocks),
-        "empty_steps": sum(len(step) < 10 for _, steps, _ in blocks for step in steps),
-        "answer_in_plan": bool(boxed) and boxed not in problem.question and any(boxed in plan for plans, _, _ in blocks for plan in plans),
-    }  # fmt: skip
+        "finish_reason": rollout.finish_reason,
+        "error": rollout.error,
+        "tokens": len(rollout.ids),
+        "critical_path": rollout.critical_path,
+        "branches": rollout.max_branches,
+        "plans": sum(len(plans) for plans, _, _ in parsed.blocks),
+        "parts": parts_of(problem),
+        # Signs of collapse: blocks that have nothing to fork; steps that repeat another of their
+        # block, or say nothing; an answer that stands in a plan before it is worked out.
+        "blocks": len(parsed.blocks),
+        "single_plan_blocks": sum(len(plans) == 1 for plans, _, _ in parsed.blocks),
+        "steps": sum(len(steps) for _, steps, _ in parsed.blocks),
+        "copied_steps": sum(len(steps) - len(set(steps)) for _, steps, _ in parsed.blocks),
+        "empty_steps": sum(len(step) < 10 for _, steps, _ in parsed.blocks for step in steps),
+        "answer_in_plan": bool(boxed)
+        and boxed not in problem.question
+        and any(boxed in plan for plans, _, _ in parsed.blocks for plan in plans),
+    }
+
+
+def judge_all(problems, rollouts, tokenizer):
+    """Of every problem the rows that `judge` gives its k rollouts."""
+    return [[judge(p, r, tokenizer) for r in rs] for p, rs in zip(problems, rollouts)]
+
+
+def parts_of(problem):
+    """How many parts a made problem has: its chains, its terms, or the first moves that lead to a
+    countdown's target.  None for a real problem.
+
+    3 4 5 make 35 -> 1: only 3+4, then 7*5      3 4 5 make 12 -> 3: 3+4+5 may begin with any two
+    """
+    if problem.kind != "countdown":
+        return len(problem.parts.get("chains") or problem.parts.get("terms") or []) or None
+    target = problem.parts["target"]
+    values = [(apply_op(x, op, y), rest) for x, op, y, rest in first_moves(problem.parts["numbers"])]
+    # A first move leads there if its value and one of the numbers left do.
+    return sum(
+        any(apply_op(max(value, z), op, min(value, z)) == target for z in rest for op in "+-*")
+        for value, rest in values
+    )
+
+
+def mean_and_ci(values_per_problem):
+    """Mean over problems of each one's mean over its samples, and the half-width of its 95 %
+    interval (normal, n problems).
+
+    [[1, 0], [1, 1]] -> mean of 0.5 and 1.0 is 0.75; std 0.354 / sqrt(2) * 1.96 = 0.49
+    """
+    means = np.array([np.mean(values) for values in values_per_problem], dtype=float)
+    interval = float(1.96 * means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
+    return float(means.mean()), interval
 
 
 def measure(judged):
-    """Metrics of one checkpoint in one mode (README's glossary).  judged: for every problem the k rows of `judge`."""
+    """Metrics of one checkpoint in one mode (README's glossary).  judged: as of `judge_all`."""
     flat = [row for rows in judged for row in rows]
-    mean = lambda key: float(np.mean([row[key] for row in flat]))  # noqa: E731
-    share = lambda key, of: sum(row[key] for row in flat) / max(1, sum(row[of] for row in flat))  # noqa: E731
+
+    def mean(key, rows=flat):
+        return float(np.mean([row[key] for row in rows]))
+
+    def share(key, of):
+        return sum(row[key] for row in flat) / max(1, sum(row[of] for row in flat))
+
+    # Right answers: the mean of all samples, and problems that any of their k samples solves.
     accuracy, ci = mean_and_ci([[row["right"] for row in rows] for rows in judged])
     return {
         "accuracy": accuracy,
@@ -130,230 +120,262 @@ def measure(judged):
         "valid": mean("valid"),
         "parallel": float(np.mean([row["branches"] >= 2 for row in flat])),
         "plans": mean("plans"),
+        # Work, and how long it takes when every branch has a machine of its own.
         "tokens": mean("tokens"),
         "critical path": mean("critical_path"),
         "tokens/path": mean("tokens") / mean("critical_path"),
+        # Of all blocks and of all steps together, so that a long response weighs more.
         "single-plan blocks": share("single_plan_blocks", "blocks"),
         "copied steps": share("copied_steps", "steps"),
         "empty steps": share("empty_steps", "steps"),
         "answer in a plan": mean("answer_in_plan"),
+        # Whoever looks at the problem makes as many plans as it has parts (0: no way to a target).
         "plans by parts": {
-            parts: float(np.mean([row["plans"] for row in flat if row["parts"] == parts]))
-            for parts in sorted({row["parts"] for row in flat} - {None})  # 0: a countdown that cannot be reached
+            parts: mean("plans", [row for row in flat if row["parts"] == parts])
+            for parts in sorted({row["parts"] for row in flat} - {None})
         },
     }
 
 
-def time_to_answer(contestants, problems, args, device):
-    """Mean seconds to a greedy answer of each (engine, mode): one problem at a time, all contestants in turn, so that the machine's
-    moods hit all alike.  The first problem warms up and does not count."""
+# ==================================================================================================
+# 2. Decoding a checkpoint in the mode it was made for
+# ==================================================================================================
+
+
+def modes_of(spec):
+    """The modes a checkpoint is judged in: 'out/stage2' -> [('out/stage2', 'parallel')].
+
+    'out/stage2=format' chooses by hand.  Raises UserError for a mode that does not exist.
+    """
+    path, _, mode = spec.partition("=")
+    if mode not in ("", "plain", "format", "parallel"):
+        raise UserError(f"{spec}: unknown mode {mode!r}, expected one of plain, format, parallel")
+    made_with = next((json.loads(file.read_text()) for file in Path(path).glob("args.json")), {})
+    vocabulary = next((file.read_text() for file in Path(path).glob("tokenizer.json")), "")
+
+    # Tags that are tokens, unless it is a twin: parallel.  Trained on top of something: not a base.
+    modes = ["format"] if "init" in made_with else ["plain", "format"]
+    if json.dumps(TAGS[0]) in vocabulary and not made_with.get("sequential"):
+        modes = ["parallel"]
+    return [(path, mode) for mode in ([mode] if mode else modes)]
+
+
+def system_prompt(mode, args):
+    """What precedes the question in a mode: asked plainly, or for the format."""
+    if mode == "plain":
+        return REAL_PLAIN_PROMPT if args.bench else PLAIN_PROMPT
+    return read_prompt(args.prompt_file, args.bench)
+
+
+def decode(engine, problems, mode, args, k=1, temperature=1.0, progress=True):
+    """k rollouts of every problem in a mode: a list of lists of Rollout.  Each rank decodes its
+    share of the problems; all get all.
+    """
+    system = system_prompt(mode, args)
+    prompts = [prompt_ids(engine.tokenizer, p.question, system) for p in my_share(problems)]
+    # Shares are stretches of the list, so the rollouts of all ranks in turn are in its order.
+    return from_all_ranks(
+        engine.generate(
+            prompts,
+            n=k,
+            parallel=mode == "parallel",
+            max_new_tokens=args.max_new_tokens,
+            temperature=temperature,
+            top_p=args.top_p,  # 1: all of the distribution
+            seed=args.seed,
+            progress=progress,
+        )
+    )
+
+
+def time_to_answer(contestants, problems, args):
+    """Mean seconds to a greedy answer of each (engine, mode), one problem at a time.
+
+    All contestants in turn, so that whatever else the machine does hits all alike.  The first
+    problem warms up and does not count.
+    """
     seconds = [[] for _ in contestants]
     for problem in tqdm(problems[: args.timed + 1] if args.timed else [], desc="time to answer", leave=False):
         for (engine, mode), times in zip(contestants, seconds):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             began = time.perf_counter()
             decode(engine, [problem], mode, args, temperature=0.0, progress=False)
             times.append(time.perf_counter() - began)
     return [float(np.mean(times[1:])) if len(times) > 1 else float("nan") for times in seconds]
 
 
-def resume_rows(file, settings, writes):
-    """{problem number: its rows} of a responses file that was begun with the same settings (its first line); else it is begun anew."""
-    lines = file.read_text().split("\n") if file.is_file() else []
-    if lines and lines[0] == json.dumps(settings):
-        kept = {}
-        for line in lines[1:-1]:  # the last one is empty, or cut off by the kill
-            row = json.loads(line)
-            kept.setdefault(row["number"], []).append(row)
-        whole = {i: rows for i, rows in kept.items() if len(rows) == settings["k"]}
-        lines = [json.dumps(row) for rows in whole.values() for row in rows]
-    else:
-        whole, lines = {}, []
-    if writes:
-        write_atomic(file, lambda aside: aside.write_text("\n".join([json.dumps(settings), *lines]) + "\n"))
-    return whole
-
-
-def run_benches(args, device, out):
-    """Every checkpoint on every benchmark of --bench: <out>/<bench>/<checkpoint>=<mode>.jsonl, <out>/bench.json, and a table.
-
-    A problem whose k responses are in the file is not decoded again, so a killed run goes on where it was.
-    """
-    sets = {}
-    for name in args.bench:
-        file, hub = BENCHES[name]
-        file = Path(args.bench_dir) / file
-        sets[name] = read_problems(str(file) if args.bench_dir and file.is_file() else hub)[: args.first or None]
-    results, writes = [], ranks()[0] == 0
-    for spec in args.checkpoints:
-        path, mode = modes_of(spec)[-1]  # the format, where a base could be asked either way
-        engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
-        if "=" not in spec and not Path(path).is_dir() and TAGS[0] in engine.tokenizer.get_vocab():
-            mode = "parallel"  # a checkpoint of the hub that has the tags
-        weights = sorted((f.name, f.stat().st_size, int(f.stat().st_mtime)) for f in Path(path).glob("*.safetensors"))
-        for name, problems in sets.items():
-            settings = {key: getattr(args, key) for key in ("k", "temperature", "top_p", "max_new_tokens", "seed")}
-            settings |= {"checkpoint": path, "mode": mode, "weights": weights, "problems": len(problems)}
-            settings |= {"prompt": system_prompt(mode, args)}
-            file = out / name / f"{path.strip('/').replace('/', '_')}={mode}.jsonl"
-            kept = resume_rows(file, settings, writes)
-            from_all_ranks([])  # the file is in order
-            missing = [i for i in range(len(problems)) if i not in kept]
-            print(f"{path} ({mode}): {len(problems)} problems of {name}, {args.k} samples each" + (f", {len(kept)} kept" if kept else ""))
-            size = max(1, 64 // args.k) * ranks()[1]  # problems between two writes: enough to keep the engine busy
-            for numbers in tqdm([missing[i : i + size] for i in range(0, len(missing), size)], desc=name):
-                began = time.time()
-                rollouts = decode(engine, [problems[i] for i in numbers], mode, args, args.k, args.temperature)
-                seconds = (time.time() - began) / len(numbers) / args.k
-                for i, rs in zip(numbers, rollouts):
-                    kept[i] = [{"number": i, **judge(problems[i], r, engine.tokenizer), "seconds": round(seconds, 4)} for r in rs]
-                if writes:
-                    with open(file, "a") as responses:
-                        responses.writelines(json.dumps(row) + "\n" for i in numbers for row in kept[i])
-            rows = [kept[i] for i in range(len(problems))]
-            result = {"bench": name, "checkpoint": path, "mode": mode} | measure(rows)
-            result["tokens/s"] = sum(r["tokens"] for rs in rows for r in rs) / sum(r["seconds"] for rs in rows for r in rs)
-            both = time_to_answer([(engine, mode), (engine, "format")] if mode == "parallel" else [(engine, mode)], problems, args, device)
-            result |= {"seconds to answer": both[0], "seconds to answer, sequentially": both[-1]}
-            results.append(result)
-        del engine
-    percent = lambda x: f"{100 * x:.1f}"  # noqa: E731
-    text = f"{args.k} sample(s) at temperature {args.temperature}, device {device}\n\n" + table(
-        [
-            {
-                "bench": r["bench"], "checkpoint": r["checkpoint"], "mode": r["mode"],
-                f"avg@{args.k} %": f"{percent(r['accuracy'])} ±{percent(r['accuracy ci95'])}", f"best@{args.k} %": percent(r["best@k"]),
-                "valid %": percent(r["valid"]), "parallel %": percent(r["parallel"]), "tokens": f"{r['tokens']:.0f}",
-                "crit. path": f"{r['critical path']:.0f}", "tokens/path": f"{r['tokens/path']:.2f}", "tokens/s": f"{r['tokens/s']:.0f}",
-                "s/answer": f"{r['seconds to answer']:.2f}", "sequentially": f"{r['seconds to answer, sequentially']:.2f}",
-            }
-            for r in results
-        ]
-    )  # fmt: skip
-    print("\n" + text)
-    if writes:
-        report = {"args": vars(args), "torch": torch.__version__, "device": str(device), "results": results}
-        write_atomic(out / "bench.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
-        write_atomic(out / "bench.txt", lambda file: file.write_text(text + "\n"))
-
-
 @torch.no_grad()
 def agreement(engine, problems, mode, args, rollouts, most=200):
-    """Largest difference between the engine's log-probabilities and a training forward's, over sampled tokens of `most` rollouts."""
+    """Largest difference between the engine's log-probabilities and those of a training forward,
+    over the sampled tokens of `most` rollouts.
+    """
     system = system_prompt(mode, args)
-    chosen = [(p, r) for p, rs in zip(problems, rollouts) for r in rs][:most]
-    sequences = [Sequence(prompt_ids(engine.tokenizer, p.question, system), r.ids, r.layout) for p, r in chosen]
+    pairs = [(p, r) for p, rs in zip(problems, rollouts) for r in rs][:most]
+    examples = [Example(prompt_ids(engine.tokenizer, p.question, system), r.ids, r.layout) for p, r in pairs]
     worst = 0.0
-    for rows, ids, laid, mask in batches(sequences, 2_048, engine.model.device):
-        ours = token_logprobs(engine.model, ids, laid)[0][mask].cpu()
-        theirs = torch.tensor([x for i in rows for x in chosen[i][1].logprobs])
-        sampled = ~torch.tensor([f for i in rows for f in chosen[i][1].forced])
-        worst = max(worst, (ours - theirs)[sampled].abs().max().item())
+    for rows, ids, batch_layout, mask in batches(examples, 2_048, engine.model.device):
+        theirs = torch.tensor([x for i in rows for x in pairs[i][1].logprobs])  # (response tokens,)
+        gap = token_logprobs(engine.model, ids, batch_layout)[0][mask].cpu() - theirs
+        sampled = ~torch.tensor([x for i in rows for x in pairs[i][1].forced])
+        worst = max(worst, gap[sampled].abs().max().item())
     return worst
 
 
-def trace_page(traces):
-    """A self-contained HTML page: each trace's trunk in full width, the steps of a block side by side."""
-    style = (
-        "body{font:14px system-ui;margin:2em;max-width:75em}pre{white-space:pre-wrap;word-break:break-word;margin:0}"
-        "div{border-radius:6px;padding:.5em .7em;margin:.3em 0}.guideline{background:#e8eefc}.takeaway{background:#e9f6e9}"
-        ".steps{display:flex;gap:.5em;padding:0}.step{flex:1;background:#fdf1dc;min-width:0}.final{background:#f2f2f2}"
-        "@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}.guideline{background:#223}.takeaway{background:#232}"
-        ".step{background:#332a18}.final{background:#222}}"
+def judge_checkpoint(path, mode, problems, args, device):
+    """Judge a checkpoint in a mode: all problems k times at --temperature, the first ones greedily.
+
+    Returns ((engine, mode), result, judged): result goes into the tables and eval.json, judged is
+    as of `judge_all`.  The greedy responses of a parallel checkpoint are written to trace.html.
+    """
+    engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
+    print(
+        f"{path} ({mode}): {len(problems)} problems of {args.split}, {args.k} samples each, "
+        f"then the first {min(args.greedy, args.n)} greedily"
     )
-    page = [f"<!doctype html><meta charset=utf-8><title>Native parallel traces</title><style>{style}</style>"]
-    for title, text in traces:
-        page.append(f"<h3>{html.escape(title)}</h3>")
-        for span in re.findall(r"<guideline>.*?</guideline>|(?:<step>.*?</step>)+|<takeaway>.*?</takeaway>|[^<]+", text, re.S):
-            name = re.match(r"<(\w+)>|", span)[1]
-            if name == "step":
-                steps = "".join(f"<div class=step><pre>{html.escape(s)}</pre></div>" for s in re.findall(r"<step>(.*?)</step>", span, re.S))
-                page.append(f"<div class=steps>{steps}</div>")
-            else:
-                bare = "\n".join(re.findall(r"<plan>(.*?)</plan>", span, re.S)) or re.sub(r"</?\w+>", "", span)
-                page.append(f"<div class={name or 'final'}><pre>{html.escape(bare)}</pre></div>")
-    return "\n".join(page) + "\n"
+    began = time.time()
+    rollouts = decode(engine, problems, mode, args, args.k, args.temperature)
+    speed = sum(len(r.ids) for rs in rollouts for r in rs) / (time.time() - began)
+    greedy = decode(engine, problems[: args.greedy], mode, args, temperature=0.0)
 
+    # What parallel thought can do differs by kind of problem, so each is measured by itself too.
+    judged = judge_all(problems, rollouts, engine.tokenizer)
+    result = {
+        "checkpoint": path,
+        "mode": mode,
+        **measure(judged),
+        "tokens/s": speed,  # of the whole batch
+        "kinds": {
+            kind: measure([rows for rows in judged if rows[0]["kind"] == kind])
+            for kind in dict.fromkeys(p.kind for p in problems)
+        },
+        "greedy": measure(judge_all(problems, greedy, engine.tokenizer))["accuracy"],
+        "logprob gap": agreement(engine, problems, mode, args, rollouts),
+    }
 
-def draw_curves(folders, file):
-    """One row of panels per stage from the folders' log.jsonl; folders of one name (seeds of one stage) share a row.  Thin lines: steps;
-    thick ones: mean of the five around it."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--curves draws with matplotlib, which is not installed; pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    stages = {}
-    for folder in folders:
-        log = Path(folder) / "log.jsonl"
-        if not log.is_file():
-            raise UserError(f"{log}: no such file; expected the folder of a stage, e.g. out/stage1")
-        stages.setdefault(Path(folder).name, []).append([json.loads(line) for line in log.read_text().splitlines()])
-    wanted = ("valid", "accuracy", "reward", "entropy", "length", "critical_path")
-    figure, axes = plt.subplots(len(stages), len(wanted), figsize=(3 * len(wanted), 2.4 * len(stages)), squeeze=False, layout="constrained")
-    for row, (stage, runs) in zip(axes, stages.items()):
-        keys = [key for key in wanted if key in runs[0][0]]
-        keys += [] if "reward" in keys else ["loss"]  # the loss of reinforcement learning is no curve to look at
-        for panel, key in zip(row, keys):
-            for i, steps in enumerate(runs):
-                x, y = [r["step"] for r in steps], np.array([r[key] for r in steps])
-                smooth = [y[max(0, j - 2) : j + 3].mean() for j in range(len(y))]
-                panel.plot(x, y, color=f"C{i}", alpha=0.3, linewidth=0.8)
-                panel.plot(x, smooth, color=f"C{i}", linewidth=1.5)
-            panel.set_title(f"{stage}: {key.replace('_', ' ')}", fontsize=9)
-            panel.tick_params(labelsize=7)
-        for panel in row[len(keys) :]:
-            panel.axis("off")
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=80)
-    print(f"wrote {file}")
-
-
-def summarise(folders):
-    """Several judgements of the same stages (one folder with an eval.json for each seed) as one table: mean over them, and their range."""
-    rows = {}
-    for folder in folders:
-        file = Path(folder) / "eval.json"
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; expected a folder that eval.py wrote to (--out)")
-        for r in json.loads(file.read_text())["checkpoints"]:
-            rows.setdefault((Path(r["checkpoint"]).name, r["mode"]), []).append(r)
-    percent = ("accuracy", "valid", "parallel")
-
-    def cell(results, key):
-        values = [r[key] * (100 if key in percent else 1) for r in results]
-        digits = 2 if key == "tokens/path" else 1
-        return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-    def gain(results):  # over the stage before; a folder that does not hold that stage has none
-        values = [100 * r["minus row above"][0] for r in results if r["minus row above"]]
-        return f"{np.mean(values):+.1f} ({min(values):+.1f} to {max(values):+.1f})" if len(values) == len(results) else "-"
-
-    keys = (*percent, "plans", "tokens", "critical path", "tokens/path")
-    return table(
-        [
-            {"checkpoint": stage, "mode": mode, "runs": str(len(results))}
-            | {f"{key} %" if key in percent else key: cell(results, key) for key in keys}
-            | {"minus row above": gain(results)}
-            | {f"{kind} acc %": cell([r["kinds"][kind] for r in results], "accuracy") for kind in results[0]["kinds"]}
-            for (stage, mode), results in rows.items()
+    # Two problems of each kind are enough to look at.
+    if mode == "parallel":
+        traces = [
+            (
+                f"{p.question}   ({path}: {len(r.ids)} tokens, critical path {r.critical_path})",
+                response_text(engine.tokenizer, r.ids),
+            )
+            for p, [r] in list(zip(problems, greedy))[: 2 * len(KINDS)]
         ]
-    )
+        write(Path(args.out) / "trace.html", trace_page(traces))
+    return (engine, mode), result, judged
+
+
+def compare(results, judged):
+    """Add to each result how its accuracy differs from that of the row above and of the first row.
+
+    Both answered the same problems, so the differences are paired: their intervals are narrower.
+    """
+    right = [np.array([[row["right"] for row in rows] for rows in each], dtype=float) for each in judged]
+    for i, result in enumerate(results):
+        result["minus row above"] = mean_and_ci(right[i] - right[i - 1]) if i else None
+        result["minus first row"] = mean_and_ci(right[i] - right[0]) if i else None
+
+
+# ==================================================================================================
+# 3. The report
+# ==================================================================================================
+
+
+def cells(result, columns):
+    """{heading: template} filled in from a result; a share becomes a percentage without its sign.
+
+    {"accuracy": 0.5}, {"accuracy %": "{accuracy:.1%}"} -> {"accuracy %": "50.0"}
+    """
+    return {name: template.format_map(result).replace("%", "") for name, template in columns.items()}
+
+
+NAMES = {"checkpoint": "{checkpoint}", "mode": "{mode}"}
+
+
+def main_row(result, k):
+    """A checkpoint's row of the first table: how often right, how parallel, how fast."""
+    first = result["minus first row"] is None
+    columns = NAMES | {
+        "accuracy %": "{accuracy:.1%} ±{accuracy ci95:.1%}",
+        **({"best@k %": "{best@k:.1%}"} if k > 1 else {}),
+        "minus row above": "-" if first else "{minus row above[0]:+.1%} ±{minus row above[1]:.1%}",
+        "minus first row": "-" if first else "{minus first row[0]:+.1%} ±{minus first row[1]:.1%}",
+        "greedy %": "{greedy:.1%}",
+        "valid %": "{valid:.1%}",
+        "parallel %": "{parallel:.1%}",
+        "plans": "{plans:.1f}",
+        # Decoded sequentially, a response has as many dependent tokens as tokens.
+        "tokens": "{tokens:.0f}",
+        "crit. path": "{critical path:.0f}",
+        "tokens/path": "{tokens/path:.2f}",
+        "tokens/s": "{tokens/s:.0f}",
+        "s/answer": "{seconds to answer:.3f}",
+        "logp gap": "{logprob gap:.0e}",
+    }
+    return cells(result, columns)
+
+
+def kinds_row(result):
+    """A checkpoint's row of the second table: each kind of problem by itself."""
+    row = cells(result, NAMES)
+    for kind, measured in result["kinds"].items():
+        row |= cells(
+            measured,
+            {
+                f"{kind} acc %": "{accuracy:.1%} ±{accuracy ci95:.1%}",
+                f"{kind} valid %": "{valid:.1%}",
+                f"{kind} tok/path": "{tokens/path:.2f}",
+            },
+        )
+    return row
+
+
+def collapse_row(result):
+    """A checkpoint's row of the third table: signs that its plans have become a mere habit."""
+    columns = NAMES | {
+        "single-plan blocks %": "{single-plan blocks:.1%}",
+        "copied steps %": "{copied steps:.1%}",
+        "empty steps %": "{empty steps:.1%}",
+        "answer in a plan %": "{answer in a plan:.1%}",
+    }
+    # "2: 2.0  3: 3.0  4: 4.0" is a model that makes one plan for every part.
+    return cells(result, columns) | {
+        f"plans by {kind} parts": "  ".join(
+            f"{n}: {plans:.1f}" for n, plans in of_kind["plans by parts"].items()
+        )
+        for kind, of_kind in result["kinds"].items()
+    }
 
 
 def table(rows):
     """Rows of {column: text} as aligned plain text; the columns are those of the first row."""
-    columns = list(rows[0])
-    width = {c: max(len(c), *(len(r[c]) for r in rows)) for c in columns}
-    line = lambda r: "  ".join(r[c].ljust(width[c]) if c == columns[0] else r[c].rjust(width[c]) for c in columns)  # noqa: E731
-    return "\n".join([line({c: c for c in columns}), "  ".join("-" * width[c] for c in columns), *map(line, rows)])
+    columns = []
+    for heading in rows[0]:
+        texts = [row[heading] for row in rows]
+        width = max(map(len, [heading, *texts]))
+        side = ">" if columns else "<"  # names to the left, numbers to the right
+        columns.append([f"{text:{side}{width}}" for text in [heading, "-" * width, *texts]])
+    return "\n".join("  ".join(line) for line in zip(*columns))
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def write(path, text):
+    """Rank 0 writes a whole file, or none."""
+    if ranks()[0] == 0:
+        write_atomic(path, lambda file: file.write_text(text))
+
+
+def publish(text, path, args, device, **results):
+    """Print a report, and write it to <path>.txt and, with all its numbers, to <path>.json."""
+    print("\n" + text)
+    write(path.with_suffix(".txt"), text)
+    settings = {"args": vars(args), "torch": torch.__version__, "device": str(device)}
+    write(path.with_suffix(".json"), json.dumps(settings | results, indent=2) + "\n")
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    # fmt: off
     p.add_argument("checkpoints", nargs="+", help="checkpoint folders or hub names, each optionally with =plain, =format or =parallel")
     p.add_argument("--out", default="out", help="folder for eval.json, eval.txt, responses.jsonl and trace.html")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to judge on")
@@ -370,89 +392,204 @@ def main():
     p.add_argument("--prompt-file", default="", help="text that asks for the format (with --bench: assets/format_prompt.txt)")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
     p.add_argument("--timed", type=int, default=12, help="problems decoded alone (batch 1), every checkpoint in turn, for time to answer")
-    p.add_argument("--curves", default="", help="judge nothing; draw the folders' log.jsonl into this picture (needs matplotlib)")
-    p.add_argument("--summary", action="store_true", help="judge nothing; mean and range over the eval.json of the folders (seeds)")
     p.add_argument("--seed", type=int, default=1234, help="of the problems and the sampling")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
-    args = p.parse_args()
-    if args.curves:
-        return draw_curves(args.checkpoints, args.curves)
-    if args.summary:
-        return print(summarise(args.checkpoints))
+    # fmt: on
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse_args()
     device = pick_device(args.device)
-    out, writes = Path(args.out), ranks()[0] == 0
-    out.mkdir(parents=True, exist_ok=True)
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # or fail now, not after an hour
     if args.bench:
-        return run_benches(args, device, out)
+        return run_benches(args, device)
+
+    # ---- judge: every checkpoint in every mode it is made for, all on the same problems ----
     problems = make_problems(args.kind, args.split, args.n, args.seed)
-
-    # ---- every checkpoint, in every mode it is made for ----
-    judged, engines, responses, outcomes = [], [], [], []  # outcomes: right or wrong, (row of the table, problem, sample)
-    for path, mode in [pair for spec in args.checkpoints for pair in modes_of(spec)]:
-        engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
-        print(f"{path} ({mode}): {len(problems)} problems of {args.split}, {args.k} samples each, then the first {min(args.greedy, args.n)} greedily")
-        began = time.time()
-        rollouts = decode(engine, problems, mode, args, args.k, args.temperature)
-        speed = sum(len(r.ids) for rs in rollouts for r in rs) / (time.time() - began)
-        greedy = decode(engine, problems[: args.greedy], mode, args, temperature=0.0)
-        rows = [[judge(p, r, engine.tokenizer) for r in rs] for p, rs in zip(problems, rollouts)]
-        result = {"checkpoint": path, "mode": mode} | measure(rows) | {"tokens/s": speed, "kinds": {}}
-        result["greedy"] = measure([[judge(p, r, engine.tokenizer)] for p, [r] in zip(problems, greedy)])["accuracy"]
-        for kind in dict.fromkeys(p.kind for p in problems):
-            result["kinds"][kind] = measure([rs for rs in rows if rs[0]["kind"] == kind])
-        result["logprob gap"] = agreement(engine, problems, mode, args, rollouts)
-        responses += [json.dumps({"checkpoint": path, "mode": mode, **row}) + "\n" for rs in rows for row in rs]
-        if mode == "parallel":
-            traces = [
-                (f"{p.question}   ({path}: {len(r.ids)} tokens, critical path {r.critical_path})", response_text(engine.tokenizer, r.ids))
-                for p, [r] in list(zip(problems, greedy))[: 2 * len(KINDS)]
-            ]
-            if writes:
-                write_atomic(out / "trace.html", lambda file: file.write_text(trace_page(traces)))
-        outcomes.append(np.array([[row["right"] for row in rs] for rs in rows], dtype=float))
-        for name, earlier in (("minus row above", outcomes[-2:-1]), ("minus first row", outcomes[:-1][:1])):  # paired: the same problems
-            result[name] = mean_and_ci(outcomes[-1] - earlier[0]) if earlier else None
-        judged.append(result)
-        engines.append((engine, mode))
-
-    for result, seconds in zip(judged, time_to_answer(engines, problems, args, device)):
+    pairs = [pair for spec in args.checkpoints for pair in modes_of(spec)]
+    judgements = [judge_checkpoint(path, mode, problems, args, device) for path, mode in pairs]
+    contestants, results, judged = zip(*judgements)
+    compare(results, judged)
+    for result, seconds in zip(results, time_to_answer(contestants, problems, args)):
         result["seconds to answer"] = seconds
 
-    # ---- report ----
-    percent = lambda x: f"{100 * x:.1f}"  # noqa: E731
-    rows = [
-        {
-            "checkpoint": r["checkpoint"], "mode": r["mode"], "accuracy %": f"{percent(r['accuracy'])} ±{percent(r['accuracy ci95'])}",
-            **({"best@k %": percent(r["best@k"])} if args.k > 1 else {}),
-            **{key: f"{100 * r[key][0]:+.1f} ±{percent(r[key][1])}" if r[key] else "-" for key in ("minus row above", "minus first row")},
-            "greedy %": percent(r["greedy"]), "valid %": percent(r["valid"]), "parallel %": percent(r["parallel"]), "plans": f"{r['plans']:.1f}",
-            "tokens": f"{r['tokens']:.0f}", "crit. path": f"{r['critical path']:.0f}", "tokens/path": f"{r['tokens/path']:.2f}",
-            "tokens/s": f"{r['tokens/s']:.0f}", "s/answer": f"{r['seconds to answer']:.3f}", "logp gap": f"{r['logprob gap']:.0e}",
-        }
-        for r in judged
-    ]  # fmt: skip
-    by_kind = [
-        {"checkpoint": r["checkpoint"], "mode": r["mode"]}
-        | {f"{kind} {name}": text for kind, m in r["kinds"].items() for name, text in (
-               ("acc %", f"{percent(m['accuracy'])} ±{percent(m['accuracy ci95'])}"), ("valid %", percent(m["valid"])), ("tok/path", f"{m['tokens/path']:.2f}"))}
-        for r in judged
-    ]  # fmt: skip
-    collapse = [
-        {"checkpoint": r["checkpoint"], "mode": r["mode"]}
-        | {f"{key} %": percent(r[key]) for key in ("single-plan blocks", "copied steps", "empty steps", "answer in a plan")}
-        | {f"plans by {kind} parts": "  ".join(f"{parts}: {n:.1f}" for parts, n in m["plans by parts"].items()) for kind, m in r["kinds"].items()}
-        for r in judged
-        if r["plans"]
+    # ---- report: eval.json comes last, because make takes it for the sign that all is there ----
+    responses = [
+        json.dumps({"checkpoint": path, "mode": mode, **row}) + "\n"
+        for (path, mode), each in zip(pairs, judged)
+        for row in sum(each, [])  # the rows of all problems
     ]
-    head = f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, greedy on the first {len(greedy)}, device {device}"
-    text = f"{head}\n\n{table(rows)}\n\n{table(by_kind)}\n" + (f"\n{table(collapse)}\n" if collapse else "")
-    print("\n" + text)
-    if not writes:
-        return
-    write_atomic(out / "responses.jsonl", lambda file: file.write_text("".join(responses)))
-    (out / "eval.txt").write_text(text)
-    report = {"args": vars(args), "torch": torch.__version__, "device": str(device), "checkpoints": judged}
-    write_atomic(out / "eval.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
+    write(Path(args.out) / "responses.jsonl", "".join(responses))
+    head = (
+        f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, "
+        f"greedy on the first {min(args.greedy, args.n)}, device {device}"
+    )
+    tables = [
+        [main_row(result, args.k) for result in results],
+        [kinds_row(result) for result in results],
+        [collapse_row(result) for result in results if result["plans"]],  # none where nobody plans
+    ]
+    text = "\n\n".join([head, *(table(rows) for rows in tables if rows)]) + "\n"
+    publish(text, Path(args.out) / "eval", args, device, checkpoints=results)
+
+
+# ==================================================================================================
+# 4. Real benchmarks
+# ==================================================================================================
+
+# The paper's eight: file in --bench-dir, else hub name.  ZebraLogic's public version has its
+# solutions masked.
+BENCHES = {
+    "aime25": ("aime25.json", "math-ai/aime25"),
+    "aime24": ("aime24.jsonl", "math-ai/aime24"),
+    "hmmt25": ("hmmt_feb_2025.json", "MathArena/hmmt_feb_2025"),
+    "olympiad": ("olympiadbench.jsonl", "math-ai/olympiadbench"),
+    "minerva": ("minerva_math.jsonl", "math-ai/minervamath"),
+    "zebra": ("zebra.jsonl", "allenai/ZebraLogicBench-private:grid_mode"),
+    "amc23": ("amc23.json", "math-ai/amc23"),
+    "math500": ("math500.json", "HuggingFaceH4/MATH-500"),
+}
+
+
+def bench_rows(engine, path, mode, name, problems, args):
+    """A checkpoint's rows on one benchmark, as of `judge_all`.
+
+    They are kept in <out>/<bench>/<checkpoint>=<mode>.jsonl, after a line of settings: a run killed
+    and begun again with the same settings goes on where it was, one with others begins anew.
+    """
+    files = Path(path).glob("*.safetensors")
+    settings = {
+        "k": args.k,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+        "checkpoint": path,
+        "mode": mode,
+        # Files of another size or date: it was trained anew.
+        "weights": sorted((f.name, f.stat().st_size, int(f.stat().st_mtime)) for f in files),
+        "problems": len(problems),
+        "prompt": system_prompt(mode, args),
+    }
+
+    # Problems are written in order, k rows each.  The last line is empty, or was cut off by a kill;
+    # then the last problem has fewer than k rows, and is done again.
+    file = Path(args.out) / name / f"{path.strip('/').replace('/', '_')}={mode}.jsonl"
+    lines = file.read_text().split("\n") if file.is_file() else [""]
+    rows = [json.loads(line) for line in lines[1:-1]] if lines[0] == json.dumps(settings) else []
+    done = len(rows) // args.k
+    rows = rows[: done * args.k]
+    write(file, "".join(json.dumps(line) + "\n" for line in [settings, *rows]))
+    from_all_ranks([])  # nobody goes on before the file is in order
+
+    # Between two writes there are as many problems as keep the engine busy.
+    kept = f", {done} kept" if done else ""
+    print(f"{path} ({mode}): {len(problems)} problems of {name}, {args.k} samples each{kept}")
+    size = max(1, 64 // args.k) * ranks()[1]
+    for first in tqdm(range(done, len(problems), size), desc=name):
+        began = time.time()
+        chosen = problems[first : first + size]
+        rollouts = decode(engine, chosen, mode, args, args.k, args.temperature)
+        seconds = round((time.time() - began) / len(chosen) / args.k, 4)
+        for i, fresh in enumerate(judge_all(chosen, rollouts, engine.tokenizer), first):
+            rows += [{"number": i, **row, "seconds": seconds} for row in fresh]
+        # Appended: a file of long responses is too long to be written anew each time.
+        if ranks()[0] == 0:
+            with open(file, "a") as responses:
+                responses.writelines(json.dumps(row) + "\n" for row in rows[first * args.k :])
+    return [rows[i : i + args.k] for i in range(0, len(rows), args.k)]
+
+
+def run_benches(args, device):
+    """Every checkpoint on every benchmark of --bench: responses, a table, and <out>/bench.json."""
+    sets = {}
+    for name in args.bench:
+        file_name, hub_name = BENCHES[name]
+        file = Path(args.bench_dir) / file_name
+        source = str(file) if args.bench_dir and file.is_file() else hub_name
+        sets[name] = read_problems(source)[: args.first or None]
+
+    results = []
+    for spec in args.checkpoints:
+        path, mode = modes_of(spec)[-1]  # the format, where a base could be asked either way
+        engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
+        if "=" not in spec and not Path(path).is_dir() and TAGS[0] in engine.tokenizer.get_vocab():
+            mode = "parallel"  # a checkpoint of the hub that has the tags
+        # What parallel decoding has to beat is the same weights decoding sequentially.
+        contestants = [(engine, mode), (engine, "format")] if mode == "parallel" else [(engine, mode)]
+        for name, problems in sets.items():
+            judged = bench_rows(engine, path, mode, name, problems, args)
+            flat = sum(judged, [])  # the rows of all problems
+            times = time_to_answer(contestants, problems, args)
+            result = {
+                "bench": name,
+                "checkpoint": path,
+                "mode": mode,
+                **measure(judged),
+                "tokens/s": sum(row["tokens"] for row in flat) / sum(row["seconds"] for row in flat),
+                "seconds to answer": times[0],
+                "seconds to answer, sequentially": times[-1],
+            }
+            results.append(result)
+        del engine, contestants  # before the next one is loaded
+
+    # tokens/s is of a whole batch; the last two columns are of one answer at a time.
+    columns = {
+        "bench": "{bench}",
+        **NAMES,
+        f"avg@{args.k} %": "{accuracy:.1%} ±{accuracy ci95:.1%}",
+        f"best@{args.k} %": "{best@k:.1%}",
+        "valid %": "{valid:.1%}",
+        "parallel %": "{parallel:.1%}",
+        "tokens": "{tokens:.0f}",
+        "crit. path": "{critical path:.0f}",
+        "tokens/path": "{tokens/path:.2f}",
+        "tokens/s": "{tokens/s:.0f}",
+        "s/answer": "{seconds to answer:.2f}",
+        "sequentially": "{seconds to answer, sequentially:.2f}",  # the same weights, one branch
+    }
+    rows = [cells(result, columns) for result in results]
+    text = f"{args.k} sample(s) at temperature {args.temperature}, device {device}\n\n{table(rows)}\n"
+    publish(text, Path(args.out) / "bench", args, device, results=results)
+
+
+# ==================================================================================================
+# 5. The page of traces
+# ==================================================================================================
+
+
+def trace_page(traces):
+    """A self-contained HTML page of (title, text) pairs: each trace's trunk in full width, the
+    steps of a block side by side.
+    """
+    # Colours say what a span is: plans, steps, takeaway, the rest.
+    style = (
+        "body{font:14px system-ui;margin:2em;max-width:75em}"
+        "pre{white-space:pre-wrap;word-break:break-word;margin:0}"
+        "div{border-radius:6px;padding:.5em .7em;margin:.3em 0}.guideline{background:#e8eefc}"
+        ".takeaway{background:#e9f6e9}.steps{display:flex;gap:.5em;padding:0}"
+        ".step{flex:1;background:#fdf1dc;min-width:0}.final{background:#f2f2f2}"
+        "@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}.guideline{background:#223}"
+        ".takeaway{background:#232}.step{background:#332a18}.final{background:#222}}"
+    )
+    page = [f"<!doctype html><meta charset=utf-8><title>Native parallel traces</title><style>{style}</style>"]
+    # What lies between the blocks is a span too: the text before, and the answer.
+    spans = r"<guideline>.*?</guideline>|(?:<step>.*?</step>)+|<takeaway>.*?</takeaway>|[^<]+"
+    for title, text in traces:
+        page.append(f"<h3>{html.escape(title)}</h3>")
+        for span in re.findall(spans, text, re.S):
+            # Steps become columns; a guideline is shown as its plans, all else as bare text.
+            name = re.match(r"<(\w+)>|", span)[1]
+            if name == "step":
+                steps = map(html.escape, re.findall(r"<step>(.*?)</step>", span, re.S))
+                columns = "".join(f"<div class=step><pre>{step}</pre></div>" for step in steps)
+                page.append(f"<div class=steps>{columns}</div>")
+            else:
+                plans = "\n".join(re.findall(r"<plan>(.*?)</plan>", span, re.S))
+                bare = html.escape(plans or re.sub(r"</?\w+>", "", span))
+                page.append(f"<div class={name or 'final'}><pre>{bare}</pre></div>")
+    return "\n".join(page) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 r"""Stage 2, NPR-BETA: learn to decode in parallel, from the model's own accepted samples.
 
-In : out/stage1 (samples sequentially, tags are text).      Out: out/stage2/ (decodes in parallel, tags are tokens), out/stage2/data/.
+In : out/stage1 (samples sequentially, its tags are text).
+Out: out/stage2/ (decodes in parallel, its tags are tokens), with what it learned from in data/.
 
-1. Rejection sampling: K responses per question; keep those whose answer is right AND whose format is perfect.
-2. The eight tags become single tokens, each embedding starting as the mean over its word's tokens.
-3. Fine-tune with the layout of engine.py: the steps of a block share their positions and cannot see each other.
-   L = -(1/N) sum_t log p(y_t | what the layout lets it see), over response tokens that the engine samples.
+Rejection sampling keeps responses whose answer is right and whose format is perfect; the eight
+tags become tokens; then fine-tuning under the layout of engine.py, where the steps of a block share
+their positions and cannot see each other:
+L = -(1 / num_tokens) sum_t log p(y_t | what the layout lets it see), over tokens the engine samples
 
-    python stage2_beta.py                         # reads out/stage1, writes out/stage2
-    python stage2_beta.py --sequential --data out/stage2/data --out out/stage2_seq     # SR-BETA, the sequential twin
+    python stage2_beta.py                # reads out/stage1, writes out/stage2
+    python stage2_beta.py --sequential --data out/stage2/data --out out/stage2_seq   # twin, SR-BETA
 
-Differences from the paper: (1) tokens that the engine forces (`<step>`, its number, `<takeaway>`) carry no loss in parallel mode: they
-are never sampled, and a branch cannot know its number from what it sees.
+Differences from the paper:
+(1) Tokens that the engine forces (`<step>`, its number, `<takeaway>`) carry no loss in parallel
+    mode: they are never sampled, and a branch cannot know its number from what it sees.
 """
 
 import argparse
@@ -22,119 +24,205 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import datasets
+import datasets  # what was accepted is saved as rows that people can look through
 import torch
 from tokenizers import AddedToken
 from tqdm import tqdm
 
-from engine import TAGS, Engine, Sequence, batches, layout, tag_token_ids, token_logprobs
-from stage0_model import (
-    ANY_TAG, KINDS, Run, UserError, draw_problems, from_all_ranks, load, make_optimizers, my_share, pick_device, print_inherited,
-    prompt_ids, ranks, read_problems, read_prompt, read_rows, recompute_activations, response_text, run_main, set_lr, update,
-)  # fmt: skip
+from engine import TAGS, Engine, Example, batches, layout, tag_token_ids, token_logprobs
+from stage0_model import KINDS, draw_problems, read_problems, read_prompt, read_rows  # data
+from stage0_model import ANY_TAG, load, pick_device, prompt_ids, response_text  # model and text
+from stage0_model import Run, UserError, from_all_ranks, my_share, print_inherited, run_main  # run
+from stage0_model import make_optimizers, ranks, recompute_activations, set_lr, update  # training
 from stage1_zero import parse_response
 
-# ======================================================================================================================
+# ==================================================================================================
 # 1. Rejection sampling
-# ======================================================================================================================
+# ==================================================================================================
 
 
-def rejection_sample(engine, problems, format_prompt, samples, keep, max_new_tokens, temperature, seed, keep_wrong=False):
-    """Sample every problem and keep at most `keep` distinct right and perfectly formatted responses of each.  Each rank samples its
-    share of the problems; all get all results.
+def rejection_sample(
+    engine, problems, format_prompt, samples, keep, max_new_tokens, temperature, seed, keep_wrong=False
+):
+    """Sample every problem; keep at most `keep` distinct responses of each that are right and
+    perfectly formatted.  Each rank samples its share of the problems; all get all results.
 
-    Returns (records, reasons): records are dicts for `datasets` (problem, kind, response, plans, blocks, tokens); reasons counts
-    what happened to every sample: accepted, duplicate, over the cap, wrong answer, or the worst format violation.
+    Returns (records, reasons).  records: dicts for `datasets` (problem, kind, response, tokens,
+    blocks, plans).  reasons: how many samples were accepted, or failed a filter as their first.
     """
-    tokenizer, problems, records, reasons = engine.tokenizer, my_share(problems), [], Counter()
-    prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
+    problems = my_share(problems)
+    prompts = [prompt_ids(engine.tokenizer, p.question, format_prompt) for p in problems]
+    # Sequentially: to stage 1 the tags are ordinary text, which the engine does not act on.
     responses = engine.generate(
-        prompts, n=samples, parallel=False, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=True
+        prompts,
+        n=samples,
+        parallel=False,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        progress=True,
     )
+
+    # The paper filters by format and by answer; the last two keep an easy question from filling the
+    # data with copies of one response.
+    records = []
+    reasons = Counter()
     for problem, rollouts in zip(problems, responses):
-        kept = set()
+        kept = {}  # response: its record
         for rollout in rollouts:
-            text = response_text(tokenizer, rollout.ids)
+            text = response_text(engine.tokenizer, rollout.ids)
             parsed = parse_response(text)
-            if rollout.finish_reason != "stop":
-                reasons["truncated"] += 1
-            elif parsed.violations:
-                reasons[f"format: {parsed.violations[0]}"] += 1
-            elif not keep_wrong and not problem.verify(text):
-                reasons["wrong answer"] += 1
-            elif text in kept:
-                reasons["duplicate"] += 1
-            elif len(kept) == keep:
-                reasons["over the cap per problem"] += 1
-            else:
-                kept.add(text)
-                reasons["accepted"] += 1
-                records.append(
-                    {
-                        "problem": problem.question, "kind": problem.kind, "response": text, "tokens": len(rollout.ids),
-                        "blocks": len(parsed.blocks), "plans": sum(len(plans) for plans, _, _ in parsed.blocks),
-                    }  # fmt: skip
-                )
+            failures = {
+                "truncated": rollout.finish_reason != "stop",
+                "format: " + "".join(parsed.violations[:1]): bool(parsed.violations),  # the worst
+                "wrong answer": not keep_wrong and not problem.verify(text),
+                "duplicate": text in kept,
+                "over the cap per problem": len(kept) == keep,
+            }
+            # The first failure is the reason, so that the reasons add up to what was sampled.
+            reason = next((name for name, failed in failures.items() if failed), "accepted")
+            reasons[reason] += 1
+            # Only the texts are learned; the counts are for people who look into the data.
+            if reason == "accepted":
+                kept[text] = {
+                    "problem": problem.question,
+                    "kind": problem.kind,
+                    "response": text,
+                    "tokens": len(rollout.ids),
+                    "blocks": len(parsed.blocks),
+                    "plans": sum(len(plans) for plans, _, _ in parsed.blocks),
+                }
+        records += kept.values()
     return from_all_ranks(records), sum(from_all_ranks([reasons]), Counter())
 
 
-# ======================================================================================================================
+def learning_rows(args, run, model, tokenizer):
+    """The rows to learn from (`problem`, `response`, ..), and the prompt that asks for it.
+
+    --data with responses is taken as it is.  Anything else is sampled here, once, into <out>/data;
+    a resumed run reads it back.  Raises UserError when nothing is accepted or `problem` is missing.
+    """
+    rows = read_rows(args.data) if args.data else []
+    has_responses = bool(rows) and "response" in rows[0]
+    made_here = has_responses and rows[0].get("kind") in KINDS  # samples of this world's problems
+    format_prompt = read_prompt(args.prompt_file, args.data and not made_here)
+
+    # The engine exists for one call, so that training has the memory of its keys and values.
+    folder = run.path / "data"
+    if not has_responses and not folder.is_dir():
+        data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
+        records, reasons = rejection_sample(
+            Engine(model, tokenizer),
+            draw_problems(data, args.kind, args.problems, f"{args.seed}/rejection"),
+            format_prompt,
+            args.samples,  # of each problem
+            args.keep,
+            args.max_new_tokens,
+            args.temperature,
+            args.seed,
+            args.keep_wrong,
+        )
+        if not records:
+            raise UserError(
+                f"none of {reasons.total()} samples was accepted ({dict(reasons)}); train stage 1 for longer"
+            )
+
+        # A run killed while it writes must not go on with half of the data: hence the rename.
+        if run.writes:
+            datasets.Dataset.from_list(records).save_to_disk(f"{folder}.part")
+            Path(f"{folder}.part").rename(folder)
+            (run.path / "rejection.json").write_text(json.dumps(dict(reasons.most_common()), indent=2) + "\n")
+        from_all_ranks([])  # now every rank finds it
+        print(f"sampled {reasons.total()}: " + ", ".join(f"{name} {n}" for name, n in reasons.most_common()))
+
+    # Even the run that sampled them reads them back: no resumed run can see anything else.
+    rows = rows if has_responses else read_rows(folder)
+    if "problem" not in rows[0]:
+        raise UserError(
+            f"{args.data}: has responses but no column `problem`; "
+            "expected what stage 2 saves, e.g. out/stage2/data"
+        )
+    return rows, format_prompt
+
+
+# ==================================================================================================
 # 2. Tag tokens
-# ======================================================================================================================
+# ==================================================================================================
 
 
+@torch.no_grad()
 def add_tag_tokens(model, tokenizer):
-    """Make each of TAGS one token.  Its embedding, and its output row if untied, start as the mean over the tokens it was spelled
-    with.  Spare embedding rows are used first (Qwen3 has 267 of them); the matrices grow only when they must, and never shrink.
-    A tokenizer that already has the tags is left alone.
+    """Make each of TAGS one token.  Its embedding, and its output row if untied, start as the mean
+    over the tokens that it was spelled with: `</plan>` as the mean of `</`, `plan` and `>`.
+
+    Spare embedding rows are used first (Qwen3 has 267 of them); the matrices grow only when they
+    must, and never shrink.  A tokenizer that already has the tags is left alone.
     """
     vocabulary = tokenizer.get_vocab()
-    new = [tag for tag in TAGS if tag not in vocabulary]
-    spelled = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in new}
-    # like Qwen3's own <think>: one token, yet not 'special', so decoding with skip_special_tokens keeps the structure
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in new])
-    with torch.no_grad():
-        for module in [model.model["embed_tokens"]] + ([] if model.config.tie_word_embeddings else [model.lm_head]):
-            missing = len(tokenizer) - module.weight.shape[0]
-            if missing > 0:
-                extra = module.weight.mean(0, keepdim=True).repeat(missing, 1)
-                module.weight = torch.nn.Parameter(torch.cat([module.weight, extra]))
-            for tag in new:
-                module.weight[tokenizer.convert_tokens_to_ids(tag)] = module.weight[spelled[tag]].mean(0)
+    spelled = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in TAGS if tag not in vocabulary}
+    # Like Qwen3's own <think>: a token, yet not "special", so skip_special_tokens keeps the tags.
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in spelled])
+
+    # A tied model has no lm_head.  Rows that are added start as the mean of all, without a meaning.
+    matrices = [m for name, m in model.named_modules() if name in ("model.embed_tokens", "lm_head")]
+    for matrix in matrices:
+        missing = len(tokenizer) - matrix.weight.shape[0]
+        if missing > 0:
+            grown = [matrix.weight, matrix.weight.mean(0).expand(missing, -1)]  # (missing, C)
+            matrix.weight = torch.nn.Parameter(torch.cat(grown))  # (V, C)
+        for tag, ids in spelled.items():
+            matrix.weight[tokenizer.convert_tokens_to_ids(tag)] = matrix.weight[ids].mean(0)  # (C,)
     model.config.vocab_size = model.model["embed_tokens"].weight.shape[0]
 
 
 def encode_response(tokenizer, text, sequential):
-    """A response text -> (ids with end of turn, Layout or None, forced flags).  White space between tags, and before a step's number, is
-    dropped: an instruction-tuned model gives every tag a line of its own, the engine writes the canonical form.
+    """A response's text -> (ids with end of turn, Layout or None, forced flags).
 
-    forced is True for what the engine writes by itself in parallel mode.  Raises MalformedTrajectory for text with broken tags.
+    forced is True for what the engine writes by itself in parallel mode: of `<step>1:A7+2=9</step>`
+    these are `<step>`, `1` and `:`.  Raises MalformedTrajectory for text with broken tags.
     """
+    # An instruction-tuned model gives every tag a line of its own, but the engine will write the
+    # canonical form: white space between tags, and before a step's number, goes.
     text = re.sub(rf"({ANY_TAG.pattern})\s+(?={ANY_TAG.pattern})|(<step>)\s+(?=\d)", r"\1\2", text)
     ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
     if sequential:
         return ids, None, [False] * len(ids)
+
+    # A step's number is its branch, and may be several tokens long.
     tag_ids = tag_token_ids(tokenizer)
-    forced, branch = [False] * len(ids), 0
+    response_layout = layout(ids, tag_ids)
+    forced = [token == tag_ids["<takeaway>"] for token in ids]
     for i, token in enumerate(ids):
-        if token == tag_ids["</guideline>"]:
-            branch = 0
-        elif token == tag_ids["<takeaway>"]:
-            forced[i] = True
-        elif token == tag_ids["<step>"]:
-            branch += 1
-            opening = 1 + len(tokenizer.encode(f"{branch}:", add_special_tokens=False))
-            forced[i : i + opening] = [True] * opening
-    return ids, layout(ids, tag_ids), forced
+        if token == tag_ids["<step>"]:
+            number = tokenizer.encode(f"{response_layout.branch[i]}:", add_special_tokens=False)
+            forced[i : i + 1 + len(number)] = [True] * (1 + len(number))
+    return ids, response_layout, forced
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # 3. Parallel fine-tuning
-# ======================================================================================================================
+# ==================================================================================================
+
+
+def epoch_batches(examples, batch_tokens, seed, epoch):
+    """The batches of one epoch in random order, each a list of indices into `examples`.
+
+    Similar lengths share a batch, so that little is padding.  Seeded by (seed, epoch), so that a
+    resumed run finds the order that it left.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = rng.sample(range(len(examples)), len(examples))  # decides between equally long ones
+    shuffled = [examples[i] for i in order]
+    epoch_order = [[order[i] for i in rows] for rows, *_ in batches(shuffled, batch_tokens)]
+    rng.shuffle(epoch_order)
+    return epoch_order
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    # fmt: off
     p.add_argument("--init", default="out/stage1", help="checkpoint that is sampled and then fine-tuned: folder or hub name")
     p.add_argument("--out", default="out/stage2", help="folder to write the checkpoint to")
     p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to sample")
@@ -143,8 +231,8 @@ def parse_args(argv=None):
     p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
     p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
     p.add_argument("--problems", type=int, default=1500, help="questions to sample")
-    p.add_argument("--samples", type=int, default=2, help="responses per question, K")
-    p.add_argument("--keep", type=int, default=2, help="accepted responses kept per question at most, m")
+    p.add_argument("--samples", type=int, default=2, help="responses per question")
+    p.add_argument("--keep", type=int, default=2, help="accepted responses kept per question at most")
     p.add_argument("--keep-wrong", action="store_true", help="ablation: filter by format alone, wrong answers stay in")
     p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
@@ -159,87 +247,79 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=int, default=100, help="updates between resume points")
     p.add_argument("--seed", type=int, default=0, help="seed of problems, sampling and order")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
-    return p.parse_args(argv)
+    # fmt: on
+    args = p.parse_args(argv)
+    if args.data and Path(args.data).resolve() == (Path(args.out) / "data").resolve():
+        raise UserError(
+            f"--data {args.data} lies in --out {args.out}, which a new run clears; give --out another folder"
+        )
+    return args
 
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)  # more outgrow a CPU's caches: 2.4x slower
+    # A forward pass that outgrows a CPU's caches is 2.4 times slower.
+    args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)
     print_inherited(args.init)
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
-    if args.data and Path(args.data).resolve() == (Path(args.out) / "data").resolve():
-        raise UserError(f"--data {args.data} lies in --out {args.out}, which a new run clears; give --out another folder")
     run = Run(args)
 
-    # ---- data: sampled by the checkpoint itself, or read back ----
-    path, rows = run.path / "data", read_rows(args.data) if args.data else []
-    ready = bool(rows) and "response" in rows[0]
-    format_prompt = read_prompt(args.prompt_file, args.data and not (ready and rows[0].get("kind") in KINDS))
-    if not ready and not path.is_dir():
-        problems = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
-        problems = draw_problems(problems, args.kind, args.problems, f"{args.seed}/rejection")
-        engine = Engine(model, tokenizer)
-        records, reasons = rejection_sample(
-            engine, problems, format_prompt, args.samples, args.keep, args.max_new_tokens, args.temperature, args.seed, args.keep_wrong
-        )
-        del engine
-        if not records:
-            raise UserError(f"none of {sum(reasons.values())} samples was accepted ({dict(reasons)}); train stage 1 for longer")
-        if run.writes:
-            datasets.Dataset.from_list(records).save_to_disk(str(path.with_name("data.part")))
-            path.with_name("data.part").rename(path)
-            (run.path / "rejection.json").write_text(json.dumps(dict(reasons.most_common()), indent=2) + "\n")
-        from_all_ranks([])  # now every rank finds it
-        print(f"sampled {sum(reasons.values())}: " + ", ".join(f"{name} {n}" for name, n in reasons.most_common()))
-    data = rows if ready else read_rows(path)
-    if "problem" not in data[0]:
-        raise UserError(f"{args.data}: has responses but no column `problem`; expected what stage 2 saves, e.g. out/stage2/data")
+    # ---- data: what the model wrote is likely under it; only the way of decoding is new ----
+    rows, format_prompt = learning_rows(args, run, model, tokenizer)
 
-    # ---- tag tokens ----
+    # ---- tag tokens: the engine forks and joins on single tokens, so responses must have them ----
     add_tag_tokens(model, tokenizer)
+    examples = []
+    learned = []  # of each example, (T,) bool: True where a token of its response carries loss
+    for row in rows:
+        ids, response_layout, forced = encode_response(tokenizer, row["response"], args.sequential)
+        examples.append(Example(prompt_ids(tokenizer, row["problem"], format_prompt), ids, response_layout))
+        learned.append(~torch.tensor(forced))
+    print(
+        f"{len(examples)} responses, {sum(len(e.ids) for e in examples)} tokens "
+        f"(with tags spelled out: {sum(row.get('tokens', 0) for row in rows)})"
+    )
+
+    # ---- train: the optimizers are made only now, because new tokens can mean new parameters ----
     optimizers = make_optimizers(model, args.lr, args.muon_lr)
     if args.recompute:
         recompute_activations(model)
     first = run.start(model, optimizers)
-    sequences, forced = [], []
-    for row in data:
-        ids, laid, written = encode_response(tokenizer, row["response"], args.sequential)
-        sequences.append(Sequence(prompt_ids(tokenizer, row["problem"], format_prompt), ids, laid))
-        forced.append(written)
-    spelled = sum(row.get("tokens", 0) for row in data)
-    print(f"{len(sequences)} responses, {sum(len(s.ids) for s in sequences)} tokens (with tags spelled out: {spelled})")
-
-    # ---- train: batches of similar lengths in random order, a new order each epoch ----
-    per_epoch = len(list(batches(sequences, args.batch_tokens)))
+    per_epoch = len(epoch_batches(examples, args.batch_tokens, args.seed, epoch=0))
     steps = max(1, round(args.epochs * per_epoch))
     bar = tqdm(range(first + 1, steps + 1), initial=first, total=steps, desc="stage 2", mininterval=1.0)
-    queue, epoch = [], -1
     for step in bar:
         began = time.time()
-        if epoch != (step - 1) // per_epoch:  # the epoch a resumed run is in, from where it left off
-            epoch, rng = (step - 1) // per_epoch, random.Random(f"{args.seed}/{(step - 1) // per_epoch}")
-            jitter = rng.sample(range(len(sequences)), len(sequences))  # which of equally long responses share a batch
-            cut = [[jitter[i] for i in rows] for rows, *_ in batches([sequences[i] for i in jitter], args.batch_tokens)]
-            rng.shuffle(cut)
-            queue = cut[(step - 1) % per_epoch :]
-        batch = queue.pop(0)  # indices into `sequences`
-        num_tokens = sum(not f for i in batch for f in forced[i])  # what the engine writes is not learned
-        loss = entropy = tokens = 0.0
-        for rows, ids, laid, mask in batches(
-            [sequences[i] for i in batch], args.micro_tokens, device, tokenizer.pad_token_id or 0, share=ranks()
+
+        # A new order each epoch; a run that resumes within an epoch makes that epoch's order again.
+        epoch, index = divmod(step - 1, per_epoch)
+        if index == 0 or step == first + 1:
+            epoch_order = epoch_batches(examples, args.batch_tokens, args.seed, epoch)
+        batch = epoch_order[index]  # indices into `examples`
+
+        # Every micro-batch divides by the tokens of the whole batch, so gradients, losses and
+        # entropies of all micro-batches on all ranks add up to the batch's.
+        num_tokens = sum(learned[i].sum().item() for i in batch)
+        loss = entropy = num_padded = 0.0
+        for rows, ids, batch_layout, mask in batches(
+            [examples[i] for i in batch], args.micro_tokens, device, share=ranks()
         ):
-            mask[mask.clone()] = torch.tensor([not f for i in rows for f in forced[batch[i]]], device=device)
-            logprobs, H = token_logprobs(model, ids, laid)  # (B, T) each
+            mask[mask.clone()] = torch.cat([learned[batch[i]] for i in rows]).to(device)  # (B, T)
+            logprobs, H = token_logprobs(model, ids, batch_layout)  # (B, T) each
             part = -logprobs[mask].sum() / num_tokens
             part.backward()
             loss += part.item()
             entropy += H[mask].sum().item() / num_tokens
-            tokens += ids.numel()
+            num_padded += ids.numel()
+
+        # Warm up over 20 updates, then fall to zero: the last updates settle what the first found.
         set_lr(optimizers, min(1.0, step / 20) * (1 - (step - 1) / steps))
         norm = update(model, optimizers)
-        loss, entropy, tokens = map(sum, zip(*from_all_ranks([(loss, entropy, tokens)])))
-        speed = tokens / (time.time() - began)
+        loss, entropy, num_padded = map(sum, zip(*from_all_ranks([(loss, entropy, num_padded)])))
+
+        # Tokens per second count padding: they say what the machine does, not how fast it learns.
+        speed = num_padded / (time.time() - began)
         run.log(step=step, loss=loss, entropy=entropy, grad_norm=norm, epoch=epoch, tokens_per_second=speed)
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
         if step % args.save_every == 0:

@@ -1,17 +1,29 @@
 """Stage 2: tag tokens, encoding of the self-distilled data, rejection sampling with both filters."""
 
 import copy
-import random
+import json
+import sys
 
+import datasets
 import pytest
 import torch
 from conftest import random_model
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import stage0_model as stage0
 import stage2_beta
-from engine import TAGS, Engine, MalformedTrajectory, layout, tag_token_ids
-from stage2_beta import add_tag_tokens, encode_response, rejection_sample
+from engine import (
+    Engine,
+    Example,
+    MalformedTrajectory,
+    Rollout,
+    batches,
+    layout,
+    tag_token_ids,
+    token_logprobs,
+)
+from stage2_beta import add_tag_tokens, encode_response, epoch_batches, rejection_sample
 
 RESPONSE = (
     "<guideline><plan>1:A</plan><plan>2:B</plan></guideline><step>1:A7+2=9;a9</step><step>2:B1+1=2;b2</step>"
@@ -20,7 +32,9 @@ RESPONSE = (
 
 
 @pytest.mark.parametrize("spare, tied", [(20, True), (20, False), (0, True), (0, False)])
-def test_tags_become_single_tokens_that_start_as_the_mean_of_their_spelling(tmp_path, plain_tokenizer, spare, tied):
+def test_tags_become_single_tokens_that_start_as_the_mean_of_their_spelling(
+    tmp_path, plain_tokenizer, spare, tied
+):
     plain_tokenizer.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     V = len(tokenizer)
@@ -36,7 +50,9 @@ def test_tags_become_single_tokens_that_start_as_the_mean_of_their_spelling(tmp_
         after = model.state_dict()[name]
         assert torch.allclose(after[new], before[name][spelling].mean(0))
         assert torch.equal(after[:V], before[name][:V])
-        assert after.shape[0] == max(V + spare, V + 8) == model.config.vocab_size  # grown only when needed, never shrunk
+        assert (
+            after.shape[0] == max(V + spare, V + 8) == model.config.vocab_size
+        )  # grown only when needed, never shrunk
     stage0.save(model, tokenizer, tmp_path / "tagged")
     again, tokenizer = stage0.load(tmp_path / "tagged")
     state = copy.deepcopy(again.state_dict())
@@ -45,10 +61,12 @@ def test_tags_become_single_tokens_that_start_as_the_mean_of_their_spelling(tmp_
 
 
 def test_encoded_response_has_the_engines_layout_and_marks_what_the_engine_forces(tokenizer, tag_ids):
-    ids, laid, forced = encode_response(tokenizer, RESPONSE, sequential=False)
+    ids, response_layout, forced = encode_response(tokenizer, RESPONSE, sequential=False)
     assert ids[-1] == tokenizer.eos_token_id
     again = layout(ids, tag_ids)
-    assert (again.position == laid.position).all() and (again.branch == laid.branch).all()
+    assert (again.position == response_layout.position).all() and (
+        again.branch == response_layout.branch
+    ).all()
     assert tokenizer.decode([i for i, f in zip(ids, forced) if f]) == "<step>1:<step>2:<takeaway>"
     assert encode_response(tokenizer, RESPONSE, sequential=True)[1:] == (None, [False] * len(ids))
     with pytest.raises(MalformedTrajectory):
@@ -58,33 +76,93 @@ def test_encoded_response_has_the_engines_layout_and_marks_what_the_engine_force
 def test_rejection_sampling_keeps_right_and_perfect_only_and_says_why(plain_tokenizer, monkeypatch):
     good = RESPONSE
     wrong = RESPONSE.replace("boxed{9}", "boxed{8}")
-    texts = [good, good, wrong, RESPONSE.replace("<step>2:", "<step>3:"), good.replace("B1+1=2", "B2+0=2"), good.replace("A7+2", "A8+1")]
+    texts = [
+        good,
+        good,
+        wrong,
+        RESPONSE.replace("<step>2:", "<step>3:"),
+        good.replace("B1+1=2", "B2+0=2"),
+        good.replace("A7+2", "A8+1"),
+    ]
 
     class Rigged(Engine):
         def generate(self, prompts, n, **_):
-            from engine import Rollout
-
-            finish = lambda i: "length" if i == 6 else "stop"  # noqa: E731
             ids = [self.tokenizer.encode(t) + [2] for t in [*texts, good]]
-            return [[Rollout(x, None, [], [], finish(i), len(x), 0) for i, x in enumerate(ids)] for _ in prompts]
+            reasons = ["stop"] * 6 + ["length"]
+            rollouts = [Rollout(x, None, [], [], reason, len(x), 0) for x, reason in zip(ids, reasons)]
+            return [rollouts for _ in prompts]
 
     engine = Rigged(random_model(len(plain_tokenizer)), plain_tokenizer)
     problem = stage0.Problem("sums", "9*1 total?", "9")
     records, reasons = rejection_sample(engine, [problem], stage0.FORMAT_PROMPT, 7, 2, 100, 1.0, 0)
     assert [r["response"] for r in records] == [good, texts[4]]
     assert reasons == {
-        "accepted": 2, "duplicate": 1, "wrong answer": 1, "format: numbering": 1, "over the cap per problem": 1, "truncated": 1,
-    }  # fmt: skip
+        "accepted": 2,
+        "duplicate": 1,
+        "wrong answer": 1,
+        "format: numbering": 1,
+        "over the cap per problem": 1,
+        "truncated": 1,
+    }
     assert (records[0]["plans"], records[0]["blocks"], records[0]["problem"]) == (2, 1, "9*1 total?")
 
 
 def test_training_on_the_encoded_data_gives_forced_tokens_no_loss(tokenizer, model):
-    from engine import Sequence, batches, token_logprobs
-
-    ids, laid, forced = encode_response(tokenizer, RESPONSE, sequential=False)
-    [(_, batch, batch_layout, mask)] = batches([Sequence([50, 51], ids, laid)], 1000, model.device)
+    ids, response_layout, forced = encode_response(tokenizer, RESPONSE, sequential=False)
+    [(_, batch, batch_layout, mask)] = batches([Example([50, 51], ids, response_layout)], 1000, model.device)
     mask[0, 2:] &= ~torch.tensor(forced, device=model.device)
     logprobs, _ = token_logprobs(model, batch, batch_layout)
     grad = torch.autograd.grad(-logprobs[mask].mean(), logprobs)[0][0, 2:].cpu()
     assert (grad[torch.tensor(forced)] == 0).all() and (grad[~torch.tensor(forced)] != 0).all()
-    assert random.Random(0) and stage2_beta.TAGS == TAGS
+
+
+def test_an_epoch_has_every_example_once_and_the_same_order_whenever_it_is_made():
+    examples = [Example([1, 2], [3] * length) for length in (5, 9, 5, 7, 5, 3, 5, 30)]
+    batched = epoch_batches(examples, 24, seed=0, epoch=1)
+    assert sorted(i for rows in batched for i in rows) == list(range(8))
+    assert all(
+        len(rows) == 1 or len(rows) * max(2 + len(examples[i].ids) for i in rows) <= 24 for rows in batched
+    )
+    assert batched == epoch_batches(examples, 24, seed=0, epoch=1)
+    others = [epoch_batches(examples, 24, seed=0, epoch=epoch) for epoch in range(2, 8)]
+    assert any(other != batched for other in others)  # a new order each epoch ..
+    assert {len(other) for other in others} == {len(batched)}  # .. of as many batches
+
+
+def test_a_run_killed_within_an_epoch_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path, monkeypatch, plain_tokenizer
+):
+    stage0.save(random_model(len(plain_tokenizer)), plain_tokenizer, tmp_path / "plain")
+    rows = [
+        {"problem": f"{i}*{i + 1} total?", "response": RESPONSE.replace("A7", "A" + "7" * (1 + i % 5))}
+        for i in range(9)
+    ]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "data"))
+    flags = f"--init {tmp_path}/plain --data {tmp_path}/data --epochs 2 --batch-tokens 300"
+    flags += " --save-every 2 --device cpu"
+    log = stage0.Run.log
+
+    def train(folder, die_at=None):
+        def dying_log(self, **row):
+            if row["step"] == die_at:
+                raise KeyboardInterrupt
+            log(self, **row)
+
+        monkeypatch.setattr(stage0.Run, "log", dying_log)
+        monkeypatch.setattr(sys, "argv", ["stage2", *flags.split(), "--out", f"{tmp_path}/{folder}"])
+        stage2_beta.main()
+
+    train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("killed", die_at=12)
+    train("killed")
+    whole, killed = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    log = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(1, len(log) + 1))
+    assert log[9]["epoch"] == log[10]["epoch"] == 1  # resumed after step 10, in the second epoch
+
+
+def test_samples_in_the_folder_that_a_new_run_clears_are_refused(tmp_path):
+    with pytest.raises(stage0.UserError, match="which a new run clears"):
+        stage2_beta.parse_args(["--data", str(tmp_path / "data"), "--out", str(tmp_path)])
