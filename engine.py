@@ -18,7 +18,6 @@ A token sees what came before it, except its siblings: tokens of the same block 
 Read sections 1 to 6 for every idea; section 7 is the same on a GPU, faster.
 """
 
-import argparse
 import hashlib
 import itertools
 import math
@@ -38,7 +37,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from stage0_model import FORMAT_PROMPT, UserError, load, pick_device, prompt_ids, run_main
+from stage0_model import FORMAT_PROMPT, UserError, load, pick_device, prompt_ids, read_arguments, run_main
 from stage0_model import attention, bucket, pad_rows, uses_flex, visibility, visible_mask
 
 try:
@@ -1081,19 +1080,20 @@ class LiveEngine(Engine):
         return done
 
 
+# fmt: off
+ARGUMENTS = (
+    ("question",         str,   None,         "the question, as the problems of stage 0 write it"),
+    ("--init",           str,   "out/stage3", "checkpoint folder or hub name, of stage 2 or 3"),
+    ("--temperature",    float, 0.0,          "0 is greedy"),
+    ("--max-new-tokens", int,   1024,         "budget, all branches together"),
+    ("--seed",           int,   0,            "of the sampling"),
+    ("--device",         str,   "auto",       "auto, cpu, cuda"),
+)
+# fmt: on
+
+
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    # fmt: off
-    p.add_argument("question", help="the question, as the problems of stage 0 write it")
-    p.add_argument("--init", default="out/stage3", help="checkpoint folder or hub name, of stage 2 or 3")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--max-new-tokens", type=int, default=1024, help="budget, all branches together")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    # fmt: on
-    args = p.parse_args()
+    args = read_arguments(__doc__, ARGUMENTS)
     device = pick_device(args.device)
     model, tokenizer = load(args.init, device)
 

@@ -13,7 +13,6 @@ stages 2 and 3 decode in parallel.  `path=plain`, `path=format` and `path=parall
 The README's glossary explains the metrics; docs/figures.py makes pictures and tables of many runs.
 """
 
-import argparse
 import html
 import json
 import re
@@ -25,9 +24,17 @@ import torch
 from tqdm import tqdm
 
 from engine import TAGS, Engine, Example, batches, token_logprobs
-from stage0_model import KINDS, PLAIN_PROMPT, REAL_PLAIN_PROMPT, SPLITS, UserError, apply_op, first_moves
-from stage0_model import from_all_ranks, last_boxed, load, make_problems, my_share, pick_device, prompt_ids
-from stage0_model import ranks, read_problems, read_prompt, response_text, run_main, write_atomic
+from stage0_model import KIND_CHOICES, KINDS, SPLITS, apply_op, first_moves, make_problems  # made problems
+from stage0_model import (
+    PLAIN_PROMPT,
+    REAL_PLAIN_PROMPT,
+    last_boxed,
+    prompt_ids,
+    read_problems,
+    read_prompt,
+)  # any
+from stage0_model import DTYPES, from_all_ranks, load, my_share, pick_device, ranks, response_text  # models
+from stage0_model import UserError, read_arguments, run_main, write_atomic  # the run
 from stage1_zero import parse_response
 
 # ==================================================================================================
@@ -371,31 +378,45 @@ def publish(text, path, args, device, **results):
     write(path.with_suffix(".json"), json.dumps(settings | results, indent=2) + "\n")
 
 
+# The paper's eight: file in --bench-dir, else hub name.  ZebraLogic's public version has its
+# solutions masked.
+BENCHES = {
+    "aime25": ("aime25.json", "math-ai/aime25"),
+    "aime24": ("aime24.jsonl", "math-ai/aime24"),
+    "hmmt25": ("hmmt_feb_2025.json", "MathArena/hmmt_feb_2025"),
+    "olympiad": ("olympiadbench.jsonl", "math-ai/olympiadbench"),
+    "minerva": ("minerva_math.jsonl", "math-ai/minervamath"),
+    "zebra": ("zebra.jsonl", "allenai/ZebraLogicBench-private:grid_mode"),
+    "amc23": ("amc23.json", "math-ai/amc23"),
+    "math500": ("math500.json", "HuggingFaceH4/MATH-500"),
+}
+
+# fmt: off
+ARGUMENTS = (
+    ("checkpoints",      str,          None,      "folders or hub names, each optionally with =plain, =format or =parallel", {"nargs": "+"}),
+    ("--out",            str,          "out",     "folder for eval.json, eval.txt, responses.jsonl and trace.html"),
+    ("--kind",           KIND_CHOICES, "all",     "problems to judge on"),
+    ("--split",          SPLITS,       "heldout", "tune is for choosing settings, heldout for reporting"),
+    ("--n",              int,          1002,      "problems, all kinds together"),
+    ("--k",              int,          1,         "samples per problem at --temperature"),
+    ("--temperature",    float,        1.0,       "of the sampled columns; a greedy column stands beside them"),
+    ("--greedy",         int,          501,       "how many of the problems are decoded greedily too"),
+    ("--max-new-tokens", int,          640,       "response budget in tokens, all branches together"),
+    ("--top-p",          float,        1.0,       "sample from the smallest set of tokens with this probability (paper: 0.7)"),
+    ("--bench",          BENCHES,      [],        "judge on these real benchmarks instead of made problems", {"nargs": "+"}),
+    ("--bench-dir",      str,          "",        "folder with their files; a benchmark without a file there comes from the hub"),
+    ("--first",          int,          0,         "only so many problems of each benchmark, 0 for all"),
+    ("--prompt-file",    str,          "",        "text that asks for the format (with --bench: assets/format_prompt.txt)"),
+    ("--dtype",          DTYPES,       "auto",    "of the weights; auto: what config.json says"),
+    ("--timed",          int,          12,        "problems decoded alone (batch 1), every checkpoint in turn, for time to answer"),
+    ("--seed",           int,          1234,      "of the problems and the sampling"),
+    ("--device",         str,          "auto",    "auto, cpu, cuda, cuda:1 .."),
+)
+# fmt: on
+
+
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    # fmt: off
-    p.add_argument("checkpoints", nargs="+", help="checkpoint folders or hub names, each optionally with =plain, =format or =parallel")
-    p.add_argument("--out", default="out", help="folder for eval.json, eval.txt, responses.jsonl and trace.html")
-    p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to judge on")
-    p.add_argument("--split", default="heldout", choices=SPLITS, help="tune is for choosing settings, heldout for reporting")
-    p.add_argument("--n", type=int, default=1002, help="problems, all kinds together")
-    p.add_argument("--k", type=int, default=1, help="samples per problem at --temperature")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the sampled columns; a greedy column stands beside them")
-    p.add_argument("--greedy", type=int, default=501, help="how many of the problems are decoded greedily too")
-    p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens, all branches together")
-    p.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of tokens with this probability (paper: 0.7)")
-    p.add_argument("--bench", nargs="+", default=[], choices=BENCHES, help="judge on these real benchmarks instead of made problems")
-    p.add_argument("--bench-dir", default="", help="folder with their files; a benchmark without a file there comes from the hub")
-    p.add_argument("--first", type=int, default=0, help="only so many problems of each benchmark, 0 for all")
-    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --bench: assets/format_prompt.txt)")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
-    p.add_argument("--timed", type=int, default=12, help="problems decoded alone (batch 1), every checkpoint in turn, for time to answer")
-    p.add_argument("--seed", type=int, default=1234, help="of the problems and the sampling")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
-    # fmt: on
-    return p.parse_args(argv)
+    return read_arguments(__doc__, ARGUMENTS, argv)
 
 
 def main():
@@ -437,19 +458,6 @@ def main():
 # ==================================================================================================
 # 4. Real benchmarks
 # ==================================================================================================
-
-# The paper's eight: file in --bench-dir, else hub name.  ZebraLogic's public version has its
-# solutions masked.
-BENCHES = {
-    "aime25": ("aime25.json", "math-ai/aime25"),
-    "aime24": ("aime24.jsonl", "math-ai/aime24"),
-    "hmmt25": ("hmmt_feb_2025.json", "MathArena/hmmt_feb_2025"),
-    "olympiad": ("olympiadbench.jsonl", "math-ai/olympiadbench"),
-    "minerva": ("minerva_math.jsonl", "math-ai/minervamath"),
-    "zebra": ("zebra.jsonl", "allenai/ZebraLogicBench-private:grid_mode"),
-    "amc23": ("amc23.json", "math-ai/amc23"),
-    "math500": ("math500.json", "HuggingFaceH4/MATH-500"),
-}
 
 
 def bench_rows(engine, path, mode, name, problems, args):

@@ -887,28 +887,29 @@ def corpus_batches(tokenizer, args, step):
         yield ids, mask
 
 
+# fmt: off
+ARGUMENTS = (
+    ("--out",             str,   "out/stage0", "folder to write the checkpoint to"),
+    ("--steps",           int,   2400,         "optimizer steps"),
+    ("--batch-tokens",    int,   4_096,        "tokens per optimizer step, prompts included"),
+    ("--micro-batches",   int,   3,            "parts of a step, by document length: two leave 24 %% of padding, three 15 %%"),
+    ("--lr",              float, 3e-3,         "AdamW learning rate (embeddings and norms)"),
+    ("--muon-lr",         float, 4e-3,         "Muon learning rate (matrices)"),
+    ("--warmdown",        float, 0.3,          "share of the steps over which the rate falls to zero at the end"),
+    ("--slip",            float, 0.06,         "probability that a single result in the corpus is wrong"),
+    ("--valid-share",     float, 0.25,         "share of format-asking documents that are perfect"),
+    ("--malformed-share", float, 0.15,         "share of format-asking documents that nearly are"),
+    ("--hidden-size",     int,   128,          "width of the model, C"),
+    ("--layers",          int,   4,            "number of decoder layers"),
+    ("--save-every",      int,   200,          "steps between resume points"),
+    ("--seed",            int,   0,            "seed of weights and data"),
+    ("--device",          str,   "auto",       "auto, cpu, cuda, cuda:1 .."),
+)
+# fmt: on
+
+
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    # fmt: off
-    p.add_argument("--out", default="out/stage0", help="folder to write the checkpoint to")
-    p.add_argument("--steps", type=int, default=2400, help="optimizer steps")
-    p.add_argument("--batch-tokens", type=int, default=4_096, help="tokens per optimizer step, prompts included")
-    p.add_argument("--micro-batches", type=int, default=3, help="parts of a step, by document length: two leave 24 %% of padding, three 15 %%")
-    p.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate (embeddings and norms)")
-    p.add_argument("--muon-lr", type=float, default=4e-3, help="Muon learning rate (matrices)")
-    p.add_argument("--warmdown", type=float, default=0.3, help="share of the steps over which the rate falls to zero at the end")
-    p.add_argument("--slip", type=float, default=0.06, help="probability that a single result in the corpus is wrong")
-    p.add_argument("--valid-share", type=float, default=0.25, help="share of format-asking documents that are perfect")
-    p.add_argument("--malformed-share", type=float, default=0.15, help="share of format-asking documents that nearly are")
-    p.add_argument("--hidden-size", type=int, default=128, help="width of the model, C")
-    p.add_argument("--layers", type=int, default=4, help="number of decoder layers")
-    p.add_argument("--save-every", type=int, default=200, help="steps between resume points")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights and data")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
-    # fmt: on
-    return p.parse_args(argv)
+    return read_arguments(__doc__, ARGUMENTS, argv)
 
 
 def main():
@@ -1716,6 +1717,30 @@ def pick_device(name):
     )
     print(f"device: {device} ({what}{others}), torch {torch.__version__}")
     return device
+
+
+KIND_CHOICES = ("all", *KINDS)
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def read_arguments(doc, table, argv=None):
+    """The command line by a script's table: rows of (flag, type, default, meaning).
+
+    type: a function of the text; bool for a switch; the values themselves where only those are
+    allowed.  A row may end with a dict of what else argparse takes.  doc: the script's docstring,
+    whose first line heads the help.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for flag, kind, default, meaning, *more in table:
+        how = {"default": default, "type": kind}
+        if kind is bool:
+            how = {"action": "store_true"}
+        elif not callable(kind):
+            how = {"default": default, "choices": kind}
+        parser.add_argument(flag, help=meaning, **how, **dict(*more))
+    return parser.parse_args(argv)
 
 
 def run_main(main):

@@ -24,7 +24,6 @@ Differences from textbook PPO, all of them DAPO's (arXiv 2503.14476):
 6. no KL term.
 """
 
-import argparse
 import re
 import time
 from dataclasses import dataclass, field
@@ -34,10 +33,19 @@ import torch
 from tqdm import tqdm
 
 from engine import Engine, Example, Rollout, batches, token_logprobs
-from stage0_model import ANY_TAG, KINDS, draw_problems, read_problems, read_prompt  # questions
+from stage0_model import ANY_TAG, KIND_CHOICES, draw_problems, read_problems, read_prompt  # questions
 from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
 from stage0_model import make_optimizers, recompute_activations, set_lr, update  # optimisation
-from stage0_model import Run, from_all_ranks, my_share, pick_device, ranks, run_main  # the process
+from stage0_model import (
+    DTYPES,
+    Run,
+    from_all_ranks,
+    my_share,
+    pick_device,
+    ranks,
+    read_arguments,
+    run_main,
+)  # the run
 
 # ==================================================================================================
 # 1. The format reward
@@ -303,37 +311,38 @@ def sample_groups(engine, data, format_prompt, step, args):
 # ==================================================================================================
 
 
+# fmt: off
+ARGUMENTS = (
+    ("--init",            str,          "out/stage0", "checkpoint to start from: folder or hub name"),
+    ("--out",             str,          "out/stage1", "folder to write the checkpoint to"),
+    ("--kind",            KIND_CHOICES, "all",        "problems to train on"),
+    ("--data",            str,          "",           "real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name"),
+    ("--question-column", str,          "",           "column of --data with the question, found by its name when not given"),
+    ("--answer-column",   str,          "",           "column of --data with the answer, found by its name when not given"),
+    ("--prompt-file",     str,          "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
+    ("--steps",           int,          48,           "rollout batches"),
+    ("--prompts",         int,          16,           "questions per step"),
+    ("--group-size",      int,          12,           "responses per question, G"),
+    ("--updates",         int,          4,            "optimizer updates per step, each on its share of the groups"),
+    ("--lr",              float,        1.5e-4,       "peak AdamW learning rate, falling to zero over the last quarter"),
+    ("--eps-low",         float,        0.2,          "lower clip of the ratio"),
+    ("--eps-high",        float,        0.28,         "upper clip of the ratio (clip-higher)"),
+    ("--max-rounds",      int,          3,            "dynamic sampling: at most this many rollout rounds per step"),
+    ("--max-new-tokens",  int,          640,          "response budget in tokens"),
+    ("--overlong-buffer", int,          128,          "tokens before the budget over which the overlong penalty grows"),
+    ("--temperature",     float,        1.0,          "of the rollouts; 1 keeps the old log-probabilities exact"),
+    ("--micro-tokens",    int,          0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
+    ("--recompute",       bool,         False,        "compute activations anew for backward: a third slower, far less memory"),
+    ("--dtype",           DTYPES,       "auto",       "of the weights; auto: what config.json says"),
+    ("--save-every",      int,          10,           "steps between resume points, and between episode dumps"),
+    ("--seed",            int,          0,            "seed of problems and sampling"),
+    ("--device",          str,          "auto",       "auto, cpu, cuda, cuda:1 .."),
+)
+# fmt: on
+
+
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    # fmt: off
-    p.add_argument("--init", default="out/stage0", help="checkpoint to start from: folder or hub name")
-    p.add_argument("--out", default="out/stage1", help="folder to write the checkpoint to")
-    p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
-    p.add_argument("--data", default="", help="real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name")
-    p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
-    p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
-    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
-    p.add_argument("--steps", type=int, default=48, help="rollout batches")
-    p.add_argument("--prompts", type=int, default=16, help="questions per step")
-    p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
-    p.add_argument("--updates", type=int, default=4, help="optimizer updates per step, each on its share of the groups")
-    p.add_argument("--lr", type=float, default=1.5e-4, help="peak AdamW learning rate, falling to zero over the last quarter")
-    p.add_argument("--eps-low", type=float, default=0.2, help="lower clip of the ratio")
-    p.add_argument("--eps-high", type=float, default=0.28, help="upper clip of the ratio (clip-higher)")
-    p.add_argument("--max-rounds", type=int, default=3, help="dynamic sampling: at most this many rollout rounds per step")
-    p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens")
-    p.add_argument("--overlong-buffer", type=int, default=128, help="tokens before the budget over which the overlong penalty grows")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts; 1 keeps the old log-probabilities exact")
-    p.add_argument("--micro-tokens", type=int, default=0, help="padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU")
-    p.add_argument("--recompute", action="store_true", help="compute activations anew for backward: a third slower, far less memory")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
-    p.add_argument("--save-every", type=int, default=10, help="steps between resume points, and between episode dumps")
-    p.add_argument("--seed", type=int, default=0, help="seed of problems and sampling")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
-    # fmt: on
-    return p.parse_args(argv)
+    return read_arguments(__doc__, ARGUMENTS, argv)
 
 
 def main():

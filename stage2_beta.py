@@ -16,7 +16,6 @@ Differences from the paper:
     mode: they are never sampled, and a branch cannot know its number from what it sees.
 """
 
-import argparse
 import json
 import random
 import re
@@ -30,9 +29,18 @@ from tokenizers import AddedToken
 from tqdm import tqdm
 
 from engine import TAGS, Engine, Example, batches, layout, tag_token_ids, token_logprobs
-from stage0_model import KINDS, draw_problems, read_problems, read_prompt, read_rows  # data
+from stage0_model import KIND_CHOICES, KINDS, draw_problems, read_problems, read_prompt, read_rows  # data
 from stage0_model import ANY_TAG, load, pick_device, prompt_ids, response_text  # model and text
-from stage0_model import Run, UserError, from_all_ranks, my_share, print_inherited, run_main  # run
+from stage0_model import (
+    DTYPES,
+    Run,
+    UserError,
+    from_all_ranks,
+    my_share,
+    print_inherited,
+    read_arguments,
+    run_main,
+)  # run
 from stage0_model import make_optimizers, ranks, recompute_activations, set_lr, update  # training
 from stage1_zero import parse_response
 
@@ -218,37 +226,38 @@ def epoch_batches(examples, batch_tokens, seed, epoch):
     return epoch_order
 
 
+# fmt: off
+ARGUMENTS = (
+    ("--init",            str,          "out/stage1", "checkpoint that is sampled and then fine-tuned: folder or hub name"),
+    ("--out",             str,          "out/stage2", "folder to write the checkpoint to"),
+    ("--kind",            KIND_CHOICES, "all",        "problems to sample"),
+    ("--data",            str,          "",           "real problems as in stage 1, or samples to learn from (rows with a `response`)"),
+    ("--question-column", str,          "",           "column of --data with the question, found by its name when not given"),
+    ("--answer-column",   str,          "",           "column of --data with the answer, found by its name when not given"),
+    ("--prompt-file",     str,          "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
+    ("--problems",        int,          1500,         "questions to sample"),
+    ("--samples",         int,          2,            "responses per question"),
+    ("--keep",            int,          2,            "accepted responses kept per question at most"),
+    ("--keep-wrong",      bool,         False,        "ablation: filter by format alone, wrong answers stay in"),
+    ("--max-new-tokens",  int,          640,          "response budget in tokens"),
+    ("--temperature",     float,        1.0,          "of the sampling"),
+    ("--sequential",      bool,         False,        "the twin SR-BETA: same data and updates, causal mask, all tokens learned"),
+    ("--epochs",          float,        4.0,          "passes over the accepted samples"),
+    ("--batch-tokens",    int,          2_048,        "padded tokens per update"),
+    ("--micro-tokens",    int,          0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
+    ("--lr",              float,        2e-3,         "peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model"),
+    ("--muon-lr",         float,        2e-3,         "peak Muon learning rate of the matrices; 0: AdamW does it all"),
+    ("--recompute",       bool,         False,        "compute activations anew for backward: a third slower, far less memory"),
+    ("--dtype",           DTYPES,       "auto",       "of the weights; auto: what config.json says"),
+    ("--save-every",      int,          100,          "updates between resume points"),
+    ("--seed",            int,          0,            "seed of problems, sampling and order"),
+    ("--device",          str,          "auto",       "auto, cpu, cuda, cuda:1 .."),
+)
+# fmt: on
+
+
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    # fmt: off
-    p.add_argument("--init", default="out/stage1", help="checkpoint that is sampled and then fine-tuned: folder or hub name")
-    p.add_argument("--out", default="out/stage2", help="folder to write the checkpoint to")
-    p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to sample")
-    p.add_argument("--data", default="", help="real problems as in stage 1, or samples to learn from (rows with a `response`)")
-    p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
-    p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
-    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
-    p.add_argument("--problems", type=int, default=1500, help="questions to sample")
-    p.add_argument("--samples", type=int, default=2, help="responses per question")
-    p.add_argument("--keep", type=int, default=2, help="accepted responses kept per question at most")
-    p.add_argument("--keep-wrong", action="store_true", help="ablation: filter by format alone, wrong answers stay in")
-    p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
-    p.add_argument("--sequential", action="store_true", help="the twin SR-BETA: same data and updates, causal mask, all tokens learned")
-    p.add_argument("--epochs", type=float, default=4.0, help="passes over the accepted samples")
-    p.add_argument("--batch-tokens", type=int, default=2_048, help="padded tokens per update")
-    p.add_argument("--micro-tokens", type=int, default=0, help="padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model")
-    p.add_argument("--muon-lr", type=float, default=2e-3, help="peak Muon learning rate of the matrices; 0: AdamW does it all")
-    p.add_argument("--recompute", action="store_true", help="compute activations anew for backward: a third slower, far less memory")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
-    p.add_argument("--save-every", type=int, default=100, help="updates between resume points")
-    p.add_argument("--seed", type=int, default=0, help="seed of problems, sampling and order")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
-    # fmt: on
-    args = p.parse_args(argv)
+    args = read_arguments(__doc__, ARGUMENTS, argv)
     if args.data and Path(args.data).resolve() == (Path(args.out) / "data").resolve():
         raise UserError(
             f"--data {args.data} lies in --out {args.out}, which a new run clears; give --out another folder"

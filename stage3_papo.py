@@ -21,7 +21,6 @@ Differences from the paper:
    agree (--gain-factor 1: all alike).
 """
 
-import argparse
 import time
 from statistics import fmean
 
@@ -29,10 +28,19 @@ import torch
 from tqdm import tqdm
 
 from engine import Engine, Example, batches, token_logprobs
-from stage0_model import KINDS, UserError, draw_problems, read_problems, read_prompt  # questions
+from stage0_model import KIND_CHOICES, UserError, draw_problems, read_problems, read_prompt  # questions
 from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
 from stage0_model import make_optimizers, recompute_activations, set_lr, update  # optimisation
-from stage0_model import Run, from_all_ranks, my_share, pick_device, ranks, run_main  # the process
+from stage0_model import (
+    DTYPES,
+    Run,
+    from_all_ranks,
+    my_share,
+    pick_device,
+    ranks,
+    read_arguments,
+    run_main,
+)  # the run
 from stage1_zero import Judged, dapo_advantages, dapo_loss, format_score
 
 # ==================================================================================================
@@ -137,40 +145,41 @@ def sample_groups(engine, data, format_prompt, step, args):
 # ==================================================================================================
 
 
+# fmt: off
+ARGUMENTS = (
+    ("--init",             str,          "out/stage2", "checkpoint to start from: folder or hub name"),
+    ("--out",              str,          "out/stage3", "folder to write the checkpoint to"),
+    ("--kind",             KIND_CHOICES, "all",        "problems to train on"),
+    ("--data",             str,          "",           "real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name"),
+    ("--question-column",  str,          "",           "column of --data with the question, found by its name when not given"),
+    ("--answer-column",    str,          "",           "column of --data with the answer, found by its name when not given"),
+    ("--prompt-file",      str,          "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
+    ("--steps",            int,          48,           "rollout batches, one update each"),
+    ("--prompts",          int,          24,           "questions per step"),
+    ("--group-size",       int,          12,           "responses per question, G"),
+    ("--lr",               float,        1e-4,         "peak AdamW learning rate, falling to zero over the last quarter"),
+    ("--muon-lr",          float,        0.0,          "peak Muon learning rate of the matrices; 0: AdamW does it all"),
+    ("--gain-factor",      float,        400,          "the scale of the logits (gains of the last norm) learns so many times faster"),
+    ("--max-new-tokens",   int,          640,          "response budget in tokens, all branches together"),
+    ("--max-branches",     int,          8,            "most plans a guideline may have"),
+    ("--temperature",      float,        1.0,          "of the rollouts"),
+    ("--sequential",       bool,         False,        "the twin SR: sequential rollouts, causal mask, same updates"),
+    ("--group-std",        bool,         False,        "ablation: the standard deviation of each group, as in GRPO"),
+    ("--no-schema-filter", bool,         False,        "ablation: keep malformed and truncated rollouts, with reward -1"),
+    ("--clip-updates",     int,          0,            "ablation: so many PPO updates per batch, clipped, instead of one"),
+    ("--count-forced",     bool,         False,        "ablation: forced tokens carry loss like sampled ones"),
+    ("--micro-tokens",     int,          0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
+    ("--recompute",        bool,         False,        "compute activations anew for backward: a third slower, far less memory"),
+    ("--dtype",            DTYPES,       "auto",       "of the weights; auto: what config.json says"),
+    ("--save-every",       int,          10,           "steps between resume points, and between episode dumps"),
+    ("--seed",             int,          0,            "seed of problems and sampling"),
+    ("--device",           str,          "auto",       "auto, cpu, cuda, cuda:1 .."),
+)
+# fmt: on
+
+
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    # fmt: off
-    p.add_argument("--init", default="out/stage2", help="checkpoint to start from: folder or hub name")
-    p.add_argument("--out", default="out/stage3", help="folder to write the checkpoint to")
-    p.add_argument("--kind", default="all", choices=("all", *KINDS), help="problems to train on")
-    p.add_argument("--data", default="", help="real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name")
-    p.add_argument("--question-column", default="", help="column of --data with the question, found by its name when not given")
-    p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
-    p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
-    p.add_argument("--steps", type=int, default=48, help="rollout batches, one update each")
-    p.add_argument("--prompts", type=int, default=24, help="questions per step")
-    p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
-    p.add_argument("--lr", type=float, default=1e-4, help="peak AdamW learning rate, falling to zero over the last quarter")
-    p.add_argument("--muon-lr", type=float, default=0.0, help="peak Muon learning rate of the matrices; 0: AdamW does it all")
-    p.add_argument("--gain-factor", type=float, default=400, help="the scale of the logits (gains of the last norm) learns so many times faster")
-    p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens, all branches together")
-    p.add_argument("--max-branches", type=int, default=8, help="most plans a guideline may have")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts")
-    p.add_argument("--sequential", action="store_true", help="the twin SR: sequential rollouts, causal mask, same updates")
-    p.add_argument("--group-std", action="store_true", help="ablation: the standard deviation of each group, as in GRPO")
-    p.add_argument("--no-schema-filter", action="store_true", help="ablation: keep malformed and truncated rollouts, with reward -1")
-    p.add_argument("--clip-updates", type=int, default=0, help="ablation: so many PPO updates per batch, clipped, instead of one")
-    p.add_argument("--count-forced", action="store_true", help="ablation: forced tokens carry loss like sampled ones")
-    p.add_argument("--micro-tokens", type=int, default=0, help="padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU")
-    p.add_argument("--recompute", action="store_true", help="compute activations anew for backward: a third slower, far less memory")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; auto: what config.json says")
-    p.add_argument("--save-every", type=int, default=10, help="steps between resume points, and between episode dumps")
-    p.add_argument("--seed", type=int, default=0, help="seed of problems and sampling")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..")
-    # fmt: on
-    return p.parse_args(argv)
+    return read_arguments(__doc__, ARGUMENTS, argv)
 
 
 def main():
