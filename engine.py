@@ -496,12 +496,10 @@ class Request:
         # Blocks arrive one after another; inside a block the branches interleave, so sort those by
         # branch, stably.  The trunk after a block comes behind all of it.
         P = len(self.prompt)
-        block = 0
-        keys = []
-        for token in self.tokens[P:]:
-            block = max(block, token.block)
-            keys.append((block, token.block == 0, token.branch))
-        tokens = [self.tokens[P + i] for i in sorted(range(len(keys)), key=keys.__getitem__)]
+        response = self.tokens[P:]
+        latest = itertools.accumulate((token.block for token in response), max)  # block so far
+        keys = [(block, token.block == 0, token.branch) for block, token in zip(latest, response)]
+        tokens = [response[i] for i in sorted(range(len(keys)), key=keys.__getitem__)]
 
         # Positions count from the prompt's end, so that a response is the same behind any prompt.
         integers = np.array([token[1:4] for token in tokens], dtype=np.int32).reshape(-1, 3)
@@ -613,8 +611,13 @@ class Engine:
         began = time.time()
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        tag_ids = tag_token_ids(self.tokenizer) if parallel else {}
-        rules = Rules(self.tokenizer, tag_ids, self.end_ids, max_new_tokens, max_branches)
+        rules = Rules(
+            tokenizer=self.tokenizer,
+            tag_ids=tag_token_ids(self.tokenizer) if parallel else {},
+            end_ids=self.end_ids,
+            max_new_tokens=max_new_tokens,
+            max_branches=max_branches,
+        )
         self.sampling = temperature, top_p, top_k
         self.penalty = step_repetition_penalty
         kv_tokens = self.runner.kv_tokens
@@ -1302,9 +1305,9 @@ def split_kv_attention(
     N, H, D = q.shape
     W = len(splits)
     H_kv = kv.shape[1] // 2
-    partial = torch.empty(W, H_kv, M, D, device=q.device, dtype=torch.float32)
-    partial_lse = torch.empty(W, H_kv, M, device=q.device, dtype=torch.float32)
-    out = torch.empty(N, H, D, device=q.device, dtype=q.dtype)
+    partial = q.new_empty(W, H_kv, M, D, dtype=torch.float32)
+    partial_lse = q.new_empty(W, H_kv, M, dtype=torch.float32)
+    out = q.new_empty(N, H, D)
     sizes = dict(H_KV=H_kv, REPEAT=H // H_kv, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), M=M)
 
     # One program per split and key/value head, then one per token and query head.
