@@ -179,44 +179,45 @@ def attention(q, k, v, mask):
 class Attention(nn.Module):
     """The two ends of grouped-query attention with QK-norm.
 
-    What is between them, and what a token may see, is decided outside.  Queries, keys and values
-    are one matrix product: decoding one token is a matter of how many operations are launched.
+    What is between them, and what a token may see, is decided outside.
     """
 
     def __init__(self, config):
         super().__init__()
-        H, H_kv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = H, H_kv, D
-        self.qkv_proj = nn.Linear(config.hidden_size, (H + 2 * H_kv) * D, bias=False)
-        self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
+        self.head_dim = D = config.head_dim
+        q_width = config.num_attention_heads * D  # not always C
+        kv_width = config.num_key_value_heads * D
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+
+        # each norm has one weight for all its heads
         self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(D, config.rms_norm_eps)
 
     def queries_keys_values(self, x, cos, sin):
         """x (B, T, C) -> (B, T, H, D), (B, T, H_kv, D), (B, T, H_kv, D)."""
-        B, T, _ = x.shape
-        H, qk_heads = self.heads, self.heads + self.kv_heads
-        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 H_kv, D)
+        D = self.head_dim
+        heads = (*x.shape[:2], -1, D)
 
-        # queries and keys are normed and rotated together; each has one weight for all its heads
-        q_scale = self.q_norm.weight.expand(H, -1)
-        scale = torch.cat([q_scale, self.k_norm.weight.expand(self.kv_heads, -1)])  # (H + H_kv, D)
-        normed = F.rms_norm(qkv[:, :, :qk_heads], self.q_norm.weight.shape, eps=self.q_norm.eps)
-        qk = rotate(normed * scale, cos, sin)
-        return qk[:, :, :H], qk[:, :, H:], qkv[:, :, qk_heads:]
+        # The weight is applied outside of rms_norm: autocast gives bf16 queries, an fp32 weight.
+        q = F.rms_norm(self.q_proj(x).view(heads), (D,), eps=self.q_norm.eps) * self.q_norm.weight
+        k = F.rms_norm(self.k_proj(x).view(heads), (D,), eps=self.k_norm.eps) * self.k_norm.weight
+        return rotate(q, cos, sin), rotate(k, cos, sin), self.v_proj(x).view(heads)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)); gate and up are one matrix product."""
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
@@ -256,7 +257,7 @@ def compiled_layer(layer, x, cos, sin, attend):
 
 
 class Qwen3(nn.Module):
-    """Qwen3 with Hugging Face's parameter names, but for the fused projections (`load`, `save`)."""
+    """Qwen3 with Hugging Face's parameter names, so that checkpoints need no translation."""
 
     def __init__(self, config):
         super().__init__()
@@ -1085,24 +1086,6 @@ def read_weights(path):
     return weights
 
 
-def fused_weights(config):
-    """{fused parameter: {its parts as checkpoint files name them: rows}} for every layer."""
-    q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    fused = {}
-    for i in range(config.num_hidden_layers):
-        for name, parts in (
-            (f"model.layers.{i}.self_attn.qkv_proj.weight", {"q": q, "k": kv, "v": kv}),
-            (
-                f"model.layers.{i}.mlp.gate_up_proj.weight",
-                dict.fromkeys(("gate", "up"), config.intermediate_size),
-            ),
-        ):
-            stem = name.rsplit(".", 2)[0]
-            fused[name] = {f"{stem}.{part}_proj.weight": rows for part, rows in parts.items()}
-    return fused
-
-
 def read_tokenizer(path, config):
     """The tokenizer of a checkpoint folder; config.eos_token_id becomes all that ends a turn.
 
@@ -1146,9 +1129,6 @@ def load(path_or_hub_name, device=None, dtype=None):
     weights = read_weights(path)
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some exports carry a duplicate
-    for name, parts in fused_weights(config).items():
-        if all(part in weights for part in parts):
-            weights[name] = torch.cat([weights.pop(part) for part in parts])
 
     # on the meta device a model costs no memory until it is given the weights that were read
     with torch.device("meta"):
@@ -1193,10 +1173,7 @@ def save(model, tokenizer, path):
     write_json(path / "config.json", config)
 
     # safetensors wants every tensor by itself in one piece
-    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    for name, parts in fused_weights(model.config).items():
-        weights |= zip(parts, weights.pop(name).split(list(parts.values())))
-    weights = {k: v.contiguous() for k, v in weights.items()}
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomic(path / "model.safetensors", lambda file: save_file(weights, file, metadata={"format": "pt"}))
 
 
