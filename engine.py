@@ -611,6 +611,8 @@ class Engine:
         began = time.time()
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+
+        # what the requests may do, and how their tokens are drawn
         rules = Rules(
             tokenizer=self.tokenizer,
             tag_ids=tag_token_ids(self.tokenizer) if parallel else {},

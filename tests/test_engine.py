@@ -1,4 +1,4 @@
-"""The engine's invariants I1-I6 (D5): on scripted trees of every shape, and on random weights that emit tags at random."""
+"""The engine's invariants, on scripted trees and on random weights that emit tags as they please; its limits and errors."""
 
 import random
 import re
@@ -155,7 +155,7 @@ def test_is_measured_in_bf16_beside_fp32(tokenizer, tag_ids, device, capsys):
         rms[dtype] = float(np.sqrt(np.mean(np.concatenate(gaps) ** 2)))
     with capsys.disabled():
         print(
-            f"\nI1 on {device}, RMS of log-probabilities: fp32 {rms[torch.float32]:.1e}, bf16 {rms[torch.bfloat16]:.1e}"
+            f"\nrollout against training on {device}, RMS of log-probabilities: fp32 {rms[torch.float32]:.1e}, bf16 {rms[torch.bfloat16]:.1e}"
         )
     assert rms[torch.float32] < 1e-5 < rms[torch.bfloat16] < 0.1
 
