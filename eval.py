@@ -15,8 +15,10 @@ The README's glossary explains the metrics; docs/figures.py makes pictures and t
 
 import html
 import json
+import math
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np  # torch decodes, numpy counts
@@ -108,6 +110,22 @@ def mean_and_ci(values_per_problem):
     return float(means.mean()), interval
 
 
+def pass_at(n, right, k):
+    """Chance that k of n samples, of which so many are right, hold a right one: unbiased pass@k
+    (arXiv 2107.03374, eq. 1).
+
+    n 4, right 1, k 2 -> 1 - C(3, 2) / C(4, 2) = 0.5
+    """
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(rows):
+    """Is the answer that most samples of a problem give a right one?  A tie goes to the earlier."""
+    votes = Counter(last_boxed(row["response"]) for row in rows)
+    (answer, _), *_ = votes.most_common(1)
+    return next(row["right"] for row in rows if last_boxed(row["response"]) == answer)
+
+
 def measure(judged):
     """Metrics of one checkpoint in one mode (README's glossary).  judged: as of `judge_all`."""
     flat = [row for rows in judged for row in rows]
@@ -124,6 +142,12 @@ def measure(judged):
         "accuracy": accuracy,
         "accuracy ci95": ci,
         "best@k": float(np.mean([any(row["right"] for row in rows) for rows in judged])),
+        "majority@k": float(np.mean([majority(rows) for rows in judged])),
+        # Of fewer samples than were drawn: what more tries would buy, 1, 2, 4, .. up to all.
+        "pass@": {
+            n: float(np.mean([pass_at(len(rows), sum(row["right"] for row in rows), n) for rows in judged]))
+            for n in (2**i for i in range(len(judged[0]).bit_length()))
+        },
         "valid": mean("valid"),
         "parallel": float(np.mean([row["branches"] >= 2 for row in flat])),
         "plans": mean("plans"),
@@ -303,7 +327,7 @@ def main_row(result, k):
     first = result["minus first row"] is None
     columns = NAMES | {
         "accuracy %": "{accuracy:.1%} ±{accuracy ci95:.1%}",
-        **({"best@k %": "{best@k:.1%}"} if k > 1 else {}),
+        **({"best@k %": "{best@k:.1%}", "majority@k %": "{majority@k:.1%}"} if k > 1 else {}),
         "minus row above": "-" if first else "{minus row above[0]:+.1%} ±{minus row above[1]:.1%}",
         "minus first row": "-" if first else "{minus first row[0]:+.1%} ±{minus first row[1]:.1%}",
         "greedy %": "{greedy:.1%}",

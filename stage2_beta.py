@@ -50,7 +50,16 @@ from stage1_zero import parse_response
 
 
 def rejection_sample(
-    engine, problems, format_prompt, samples, keep, max_new_tokens, temperature, seed, keep_wrong=False
+    engine,
+    problems,
+    format_prompt,
+    samples,
+    keep,
+    max_new_tokens,
+    temperature,
+    seed,
+    keep_wrong=False,
+    parallel=False,
 ):
     """Sample every problem; keep at most `keep` distinct responses of each that are right and
     perfectly formatted.  Each rank samples its share of the problems; all get all results.
@@ -60,11 +69,12 @@ def rejection_sample(
     """
     problems = my_share(problems)
     prompts = [prompt_ids(engine.tokenizer, p.question, format_prompt) for p in problems]
-    # Sequentially: to stage 1 the tags are ordinary text, which the engine does not act on.
+    # To stage 1 the tags are ordinary text, which the engine does not act on.  A checkpoint that
+    # has them as tokens (BETA, to be fine-tuned on its own samples once more) forks.
     responses = engine.generate(
         prompts,
         n=samples,
-        parallel=False,
+        parallel=parallel,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -129,6 +139,7 @@ def learning_rows(args, run, model, tokenizer):
             args.temperature,
             args.seed,
             args.keep_wrong,
+            parallel=TAGS[0] in tokenizer.get_vocab() and not args.sequential,
         )
         if not records:
             raise UserError(

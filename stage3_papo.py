@@ -21,6 +21,7 @@ Differences from the paper:
    agree (--gain-factor 1: all alike).
 """
 
+import random
 import time
 from statistics import fmean
 
@@ -99,12 +100,26 @@ def objective(batch, group_ids, args):
 # ==================================================================================================
 
 
-def judge(problem, prompt, rollout, tokenizer):
-    """R = +1 for a right answer, else -1; what is not valid scores -1 and may be dropped."""
+def reward_of(rollout, text, valid, right, args):
+    """R of one response: +1 if it is valid and right, else -1, unless a control asks for another.
+
+    With --path-weight w a right answer earns up to w more, w (1 - critical path / tokens): nothing
+    for thinking sequentially, more the fewer of its tokens had to be waited for.
+    """
+    if args.reward == "random":  # a coin, the same on every rank
+        return random.Random(f"{args.seed}/{text}").choice([1.0, -1.0])
+    if not valid or not (right or args.reward == "format"):
+        return -1.0
+    return 1.0 + args.path_weight * (1 - rollout.critical_path / len(rollout.ids))
+
+
+def judge(problem, prompt, rollout, tokenizer, args):
+    """A response and its reward; what is not valid may yet be dropped by the schema filter."""
     text = response_text(tokenizer, rollout.ids)
     valid = rollout.finish_reason == "stop" and format_score(text) == 0
     right = problem.verify(text)
-    return Judged(prompt, problem.question, rollout, text, valid, right, 1.0 if right and valid else -1.0)
+    reward = reward_of(rollout, text, valid, right, args)
+    return Judged(prompt, problem.question, rollout, text, valid, right, reward)
 
 
 def sample_groups(engine, data, format_prompt, step, args):
@@ -129,7 +144,7 @@ def sample_groups(engine, data, format_prompt, step, args):
     # The reward of each response, by its text alone.
     drawn = []
     for problem, prompt, rollouts in zip(problems, prompts, responses):
-        drawn.append([judge(problem, prompt, r, engine.tokenizer) for r in rollouts])
+        drawn.append([judge(problem, prompt, r, engine.tokenizer, args) for r in rollouts])
 
     # Schema filter: what is malformed or truncated is left out, unless an ablation keeps it.
     groups = []
@@ -144,6 +159,8 @@ def sample_groups(engine, data, format_prompt, step, args):
 # 3. The loop
 # ==================================================================================================
 
+
+REWARDS = ("answer", "format", "random")
 
 # fmt: off
 ARGUMENTS = (
@@ -163,6 +180,8 @@ ARGUMENTS = (
     ("--max-new-tokens",   int,          640,          "response budget in tokens, all branches together"),
     ("--max-branches",     int,          8,            "most plans a guideline may have"),
     ("--temperature",      float,        1.0,          "of the rollouts"),
+    ("--path-weight",      float,        0.0,          "w: a right answer earns w (1 - critical path / tokens) more"),
+    ("--reward",           REWARDS,      "answer",     "controls: format pays for the format alone, random for nothing"),
     ("--sequential",       bool,         False,        "the twin SR: sequential rollouts, causal mask, same updates"),
     ("--group-std",        bool,         False,        "ablation: the standard deviation of each group, as in GRPO"),
     ("--no-schema-filter", bool,         False,        "ablation: keep malformed and truncated rollouts, with reward -1"),

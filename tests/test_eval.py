@@ -1,5 +1,6 @@
 """The judge's arithmetic, by hand."""
 
+import itertools
 import json
 import sys
 
@@ -163,3 +164,21 @@ def test_an_evaluation_that_fails_leaves_the_finished_one_alone(tmp_path, monkey
     with pytest.raises(stage0.UserError, match="no such checkpoint folder"):
         judge.main()
     assert (tmp_path / "responses.jsonl").read_text() == "finished"
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample():
+    """Against all draws of k of n samples, counted."""
+    for n, right in ((4, 1), (6, 2), (5, 0), (5, 5)):
+        samples = [i < right for i in range(n)]
+        for k in range(1, n + 1):
+            draws = list(itertools.combinations(samples, k))
+            assert judge.pass_at(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_majority_is_the_answer_that_most_samples_give():
+    def rows(*answers):
+        return [{"response": rf"so \boxed{{{a}}}", "right": a == "7"} for a in answers]
+
+    assert judge.majority(rows("3", "7", "7", "5")) and not judge.majority(rows("3", "3", "7"))
+    assert not judge.majority(rows("3", "7")) and judge.majority(rows("7", "3"))  # a tie goes to the earlier
+    assert not judge.majority([{"response": "no box", "right": False}] * 2 + rows("7"))

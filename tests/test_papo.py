@@ -1,14 +1,16 @@
 """Stage 3: PAPO by hand-worked numbers, its gradient against an independent REINFORCE, forced tokens without loss."""
 
 import random
+import types
 
 import numpy as np
+import pytest
 import torch
 from conftest import random_model, random_prompts
 from test_engine import scripted_run
 
 from engine import Example, batches, token_logprobs
-from stage3_papo import papo_advantages, papo_loss
+from stage3_papo import papo_advantages, papo_loss, reward_of
 
 
 def test_papo_advantage_by_hand():
@@ -100,6 +102,53 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget():
             assert ids[b, mask[b]].tolist() == examples[i].ids
         seen += rows
     assert sorted(seen) == list(range(40))
+
+
+def args_of(**changes):
+    return types.SimpleNamespace(**(dict(reward="answer", path_weight=0.0, seed=0) | changes))
+
+
+def rollout_of(tokens, critical_path):
+    return types.SimpleNamespace(ids=[0] * tokens, critical_path=critical_path)
+
+
+@pytest.mark.parametrize(
+    "valid, right, expected", [(True, True, 1), (True, False, -1), (False, True, -1), (False, False, -1)]
+)
+def test_the_reward_is_accuracy_of_valid_responses(valid, right, expected):
+    assert reward_of(rollout_of(10, 10), "", valid, right, args_of()) == expected
+
+
+def test_the_path_weight_pays_right_answers_for_tokens_that_nobody_waited_for():
+    weighted = args_of(path_weight=0.5)
+    # 30 tokens on a path of 12: 0.6 of them came beside others; sequential thought earns nothing more
+    assert reward_of(rollout_of(30, 12), "", True, True, weighted) == pytest.approx(1 + 0.5 * 0.6)
+    assert reward_of(rollout_of(30, 30), "", True, True, weighted) == 1
+    assert reward_of(rollout_of(30, 12), "", True, False, weighted) == -1
+    assert reward_of(rollout_of(30, 12), "", False, True, weighted) == -1
+
+
+def test_the_controls_pay_for_the_format_alone_or_for_nothing():
+    assert [
+        reward_of(rollout_of(9, 9), "", valid, False, args_of(reward="format")) for valid in (True, False)
+    ] == [1, -1]
+    coins = [
+        reward_of(rollout_of(9, 9), f"text {i}", True, i % 2 == 0, args_of(reward="random"))
+        for i in range(400)
+    ]
+    assert set(coins) == {1, -1} and abs(sum(coins)) < 60  # 3 standard deviations
+    assert abs(sum(coins[::2])) < 45  # whether right or not
+    again = [
+        reward_of(rollout_of(9, 9), f"text {i}", True, False, args_of(reward="random")) for i in range(400)
+    ]
+    assert (
+        coins
+        == again
+        != [
+            reward_of(rollout_of(9, 9), f"text {i}", True, False, args_of(reward="random", seed=1))
+            for i in range(400)
+        ]
+    )
 
 
 def test_a_group_of_equal_rewards_changes_no_gradient():
