@@ -58,7 +58,7 @@ test: $(VENV)
 
 # two columns as wide as the code; between them | a changed line, < one of stage 1 alone, > one of stage 3 alone
 WIDTH ?= 224
-LOOP  := /^def main/,/^if __name__/p
+LOOP  := /^def objective/,/^. fmt: off/p;/^def main/,/^if __name__/p
 diff: SHELL := bash
 diff:
 	@diff --side-by-side --expand-tabs --width=$(WIDTH) <(sed -n '$(LOOP)' stage1_zero.py) <(sed -n '$(LOOP)' stage3_papo.py) || true

@@ -12,6 +12,11 @@ Everything parallel here follows from three integers per token, a function of th
     step 2 sees:  .. g and itself, never step 1.      <takeaway> sees everything.
 
 A token sees what came before it, except its siblings: tokens of the same block and another branch.
+Why blind?  The branches are decoded at the same time: while step 2 is written, step 1 is not there
+to be read, and training masks it likewise.  Every branch begins one position after </guideline>, as
+if it were alone; the trunk goes on one after the longest branch.  The engine itself writes
+`<step>`, its number and `:` at the head of a branch, and `<takeaway>` when the last branch has
+closed: these tokens are *forced*, everything else is sampled.
 
     python engine.py --init out/stage3 "2 12 18 make 28?"     # decode one question and draw it
 
@@ -116,7 +121,7 @@ def layout(ids, tag_ids, prompt_len=0):
     trunk = 0  # position of the next trunk token: one after everything so far
     fork = 0  # position of every branch's first token in the last block
 
-    def lay_out(end, step):
+    def end_piece(end, step):
         """Tokens done .. end are one piece: of this step of the last block, or of the trunk (0)."""
         nonlocal done, trunk
         first = fork if step else trunk
@@ -128,7 +133,7 @@ def layout(ids, tag_ids, prompt_len=0):
         done = end
 
     # A piece ends where a guideline closes, where a step closes, and where a step opens before the
-    # one ahead of it has closed.  Separators between steps belong to the step that follows.
+    # previous one has closed.  Separators between steps belong to the step that follows.
     for i in tags[tags >= prompt_len].tolist():
         tag = tag_of[int(ids[i])]
         if (state, tag) not in GRAMMAR:
@@ -138,20 +143,20 @@ def layout(ids, tag_ids, prompt_len=0):
 
         # A tag belongs to the piece that it ends, but an opening <step> to the one that it begins.
         if tag == "</guideline>":
-            lay_out(i + 1, 0)
+            end_piece(i + 1, 0)
             num_blocks += 1
             num_steps = 0
             fork = trunk
         elif tag == "<step>":
             if state == "step":
-                lay_out(i, num_steps)
+                end_piece(i, num_steps)
             num_steps += 1
         elif tag == "</step>":
-            lay_out(i + 1, num_steps)
+            end_piece(i + 1, num_steps)
         state = GRAMMAR[state, tag]
 
     # what is left: the trunk, or a step that was cut off
-    lay_out(T, num_steps if state == "step" else 0)
+    end_piece(T, num_steps if state == "step" else 0)
     return Layout(block, branch, position)
 
 
@@ -252,9 +257,10 @@ MAX_LOGITS = 2**25  # largest number of logits that exists at a time: 128 MB in 
 def token_logprobs(model, ids, layout=None):
     """Log-probability of every token given what it sees, and the entropy of what it was drawn from.
 
-    ids (B, T) -> two (B, T) fp32 tensors; entry t is of ids[:, t], column 0 is zero.  A branch's
-    first token follows the last one of its sibling in this order, so its entry means nothing; the
-    engine forces that token, so no loss or sample ever uses it.
+    ids (B, T) -> two (B, T) fp32 tensors; entry t is of ids[:, t], column 0 is zero.  The entries
+    of <takeaway> and of a branch's first token (but branch 1's) mean nothing: the token before them
+    in this order knows one branch only, and not the right one.  The engine forces both, so they
+    carry no loss, except under stage 3's --count-forced.
     """
 
     def score(x, target):  # (M, C), (M,) -> (M,), (M,)
@@ -273,7 +279,7 @@ def token_logprobs(model, ids, layout=None):
     else:
         x = model.hidden(ids, layout).flatten(0, 1)  # (B*T, C)
 
-    # With Qwen3's 151,936 words the logits of 16k tokens would take 10 GB, and their softmax as
+    # With Qwen3's 151,936 tokens the logits of 16k tokens would take 10 GB, and their softmax as
     # much again; so only one chunk of them exists at a time, and backward computes it anew.
     size = max(1, MAX_LOGITS // model.config.vocab_size)
     chunks = zip(x.split(size), target.split(size))
@@ -314,7 +320,7 @@ class Token(NamedTuple):
     branch: int
     position: int
     logprob: float = 0.0  # at temperature 1, before truncation and penalty; 0.0 for forced tokens
-    forced: bool = False  # written by the engine, not sampled (`<step>`, its number, `<takeaway>`)
+    forced: bool = False  # not sampled: of the prompt, or written by the engine
 
 
 @dataclass
@@ -429,28 +435,28 @@ class Request:
         Each branch has a forced beginning.  Nothing is copied: a branch is a few more tokens in the
         same row, with a number of their own.
         """
-        plans, space, problem = self.read_plans()
+        num_plans, space, problem = self.read_plans()
 
         # A checkpoint trained elsewhere may give every tag a line of its own (NPR-4B does): its
         # steps open with the white space that it has just written itself.  That space belongs to
         # the branch, as in `layout`.
         openings = [
             self.rules.tokenizer.encode(f"{space}<step>{space}{i}:", add_special_tokens=False)
-            for i in range(1, plans + 1)
+            for i in range(1, num_plans + 1)
         ]
 
         # The paper's pre-branch validator: a guideline that is not in order never forks.
         room = self.rules.max_new_tokens - self.used
-        if not problem and not 1 <= plans <= self.rules.max_branches:
-            problem = f"{plans} plans, allowed are 1 to {self.rules.max_branches}"
-        if not problem and sum(map(len, openings)) + plans > room:
-            problem = f"budget of {room} tokens left for {plans} branches"
+        if not problem and not 1 <= num_plans <= self.rules.max_branches:
+            problem = f"{num_plans} plans, allowed are 1 to {self.rules.max_branches}"
+        if not problem and sum(map(len, openings)) + num_plans > room:
+            problem = f"budget of {room} tokens left for {num_plans} branches"
         if problem:
             self.malformed(problem)
             return
 
         # Every branch begins at the same position, right after </guideline>.
-        self.widths.append(plans)
+        self.widths.append(num_plans)
         first = self.tokens[-1].position + 1
         for branch, opening in enumerate(openings, 1):
             for position, id in enumerate(opening, first):
@@ -458,7 +464,7 @@ class Request:
             self.tips.append(len(self.tokens) - 1)
 
     def read_plans(self):
-        """(plans, white space after the last, problem or '') of the guideline that just closed.
+        """(number of plans, white space after the last, problem or '') of the closed guideline.
 
         The tags' order is already known to be right; left to check are the numbers, that no plan is
         empty, and that nothing stands between plans.
@@ -541,7 +547,7 @@ class Stats:
 class Engine:
     """Decode many requests at once, sequentially or in parallel branches, within a fixed KV budget.
 
-    kv_tokens: slots of the KV memory; default a quarter of what is free (CUDA memory, or RAM), at
+    kv_tokens: slots of the KV memory; default a quarter of the free CUDA memory, or of all RAM, at
     most 2^18.  max_rows: most requests decoded together.  kernel: decode with the kernel and
     captured graphs of section 7; default wherever they run, on CUDA.
     """
@@ -557,10 +563,10 @@ class Engine:
         if kv_tokens is None:
             elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
             ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else ram
-            kv_tokens = max(1024, min(2**18, free // 4 // (elements * weight.element_size())))
+            available = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else ram
+            kv_tokens = max(1024, min(2**18, available // 4 // (elements * weight.element_size())))
 
-        # The one place where the CPU's way and CUDA's part.
+        # Decode with section 7's kernel where it runs, else with plain PyTorch.
         if kernel is None:
             kernel = weight.is_cuda and triton is not None and config.head_dim <= 128
         if weight.is_cuda and triton is None:
@@ -603,10 +609,10 @@ class Engine:
         prompts: lists of token ids.  parallel False: tags mean nothing, plain sampling.
         max_new_tokens counts every token of every branch, and the forced ones.  temperature 0 is
         greedy. step_repetition_penalty divides positive (multiplies negative) logits of tokens that
-        the same branch already holds (paper: 1.02).  A response depends on seed, its prompt and its
-        number among the samples of that prompt, and on nothing else in the call.  Raises UserError
-        when a request cannot fit the KV budget, or when the tokenizer lacks the tags in parallel
-        mode.
+        the same branch already holds (paper: 1.02).  A response depends on the settings, seed, its
+        prompt and its number among that prompt's samples, not on which other prompts are in the
+        call (up to rounding).  Raises UserError when a request cannot fit the KV budget, or when
+        the tokenizer lacks the tags in parallel mode.
         """
         began = time.time()
         if max_new_tokens < 1:
@@ -648,10 +654,10 @@ class Engine:
         # Where every row can have its worst case, nothing will ever be preempted.  Else rows begin
         # short.
         longest = max((len(r.prompt) for r in requests), default=0) + max_new_tokens
-        rows = min(len(requests), self.max_rows)
-        if rows * longest > kv_tokens:
-            rows = longest = 0
-        self.runner.cut(rows, longest)
+        num_rows = min(len(requests), self.max_rows)
+        if num_rows * longest > kv_tokens:
+            num_rows = longest = 0
+        self.runner.cut(num_rows, longest)
 
         # Step until nobody waits and nobody runs; whatever happens, every slot is free again.
         self.waiting.extend(requests)
@@ -704,15 +710,15 @@ class Engine:
 
     def schedule(self):
         """Make room for what running rows will feed, admit waiting requests, and return those."""
-        memory = self.runner
-        budget = memory.kv_tokens
+        runner = self.runner
+        budget = runner.kv_tokens
 
         # A row that is too short: cut the memory anew into longer and fewer ones.  The youngest
         # requests that no longer have a row wait; on their return all their tokens are prefilled at
         # once.
         need = max((len(r.tokens) for r in self.active), default=0)
-        if need > memory.capacity:
-            capacity = min(budget, max(need, memory.capacity * 3 // 2) + 31)
+        if need > runner.capacity:
+            capacity = min(budget, max(need, runner.capacity * 3 // 2) + 31)
             rows = min(self.max_rows, budget // capacity)
             while len(self.active) > rows:
                 youngest = max(self.active, key=lambda r: r.index)
@@ -720,7 +726,7 @@ class Engine:
                 youngest.fed = 0
                 self.waiting.appendleft(youngest)
                 self.stats.preemptions += 1
-            memory.recut(rows, capacity, [r.fed for r in self.active])
+            runner.recut(rows, capacity, [r.fed for r in self.active])
             return []  # no admission in a step that was short of room
 
         # Admit in order of arrival while there is a row that is long enough.
@@ -728,10 +734,10 @@ class Engine:
         while self.waiting:
             need = len(self.waiting[0].tokens)
             room = min(32, self.waiting[0].rules.max_new_tokens)  # to begin with
-            if not self.active and need + room > memory.capacity:
+            if not self.active and need + room > runner.capacity:
                 capacity = min(budget, need + max(32, need // 2))
-                memory.cut(min(self.max_rows, budget // capacity), capacity)
-            if len(self.active) == memory.rows or need > memory.capacity:
+                runner.cut(min(self.max_rows, budget // capacity), capacity)
+            if len(self.active) == runner.rows or need > runner.capacity:
                 break
             request = self.waiting.popleft()
             request.row = len(self.active)
@@ -973,8 +979,7 @@ class ModelRunner:
         of, col = ragged(count)  # (N,) each
         first = np.cumsum(count) - count  # index of each row's first token among the N
 
-        # All that the GPU has to know goes there in one copy: (7, N) integers, and (M,) indices of
-        # tips.
+        # What the device has to know: (7, N) integers, and the indices of the M tips.
         integers = [token[:4] for r in requests for token in r.tokens[r.fed :]]
         packed = np.concatenate([np.array(integers).T, [rows[of], fed[of] + col, col]])
         tips = [f + tip - r.fed for f, r in zip(first.tolist(), requests) for tip in r.tips]
@@ -987,7 +992,7 @@ class ModelRunner:
         tokens; tips: indices of M of them; rows, length, count (R,): rows, their slots in use after
         this step, and their new tokens.
         """
-        R = rows[-1] + 1
+        R = rows[-1] + 1  # KV rows up to the last one fed; those not fed are padded
         Q = count.max()
         S = length.max()
         ids, block, branch, position, row, slot, col = torch.from_numpy(packed).to(self.model.device)
@@ -1361,9 +1366,10 @@ class CudaGraphs:
         return result
 
     def capture(self, function, buffers):
-        """A first run off the record compiles kernels and lets libraries take their memory.
+        """(graph, its result).
 
-        It writes what the replay will write again.
+        Run once before capturing: kernels compile and libraries take memory then.  What that run
+        wrote, the replay overwrites.
         """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

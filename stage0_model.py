@@ -10,9 +10,10 @@ Equation: next-token loss on responses, L = -(1/N) sum_t log p(x_t | x_<t).
     python stage0_model.py                      # about 20 minutes on 2 cores
     python stage0_model.py --steps 20 --out out/smoke/stage0
 
-Shapes, in all files: B rows, T tokens, N packed tokens, H query heads, H_kv key/value heads, D head
-dim, C hidden width, V vocabulary, K branches, G group size (responses to one question), M branch
-tips or query rows of a tile, R KV rows, Q new tokens of a row, S slots, W splits.
+Shapes, in all files: B rows of a batch, T tokens, N packed or learned tokens, H query heads, H_kv
+key/value heads, D head dim, C hidden width, V vocabulary, G group size (responses to one question),
+M branch tips or query rows of a tile, R KV rows (in stages 1 and 3 the rewards of a group), Q new
+tokens of a row, S slots, W splits.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 @dataclass
 class Qwen3Config:
-    """Fields as in a Qwen3 config.json; the defaults are the tiny base (0.87M parameters)."""
+    """Fields as in a Qwen3 config.json; the defaults are the tiny base (0.84M parameters)."""
 
     vocab_size: int = 400  # V
     hidden_size: int = 128  # C
@@ -285,10 +286,11 @@ class Qwen3(nn.Module):
         """Final hidden states.  ids (B, T) -> (B, T, C).
 
         layout: None for plain causal text, or integers `.block`, `.branch`, `.position`, each (T,)
-        or (B, T), and `.document` (1, T) where texts are packed into one row (engine.Layout).
-        kv: None to attend within ids (training), or the engine's KV memory, which stores the keys
-        and values of this call and attends over everything its rows hold: `kv.attend(layer, q, k,
-        v)`, all (B, T, H, D).  `kv.compiled`: in compiled layers.
+        or (B, T), and `.document` (1, T) where texts are packed into one row (engine.Layout). kv:
+        None to attend within ids (training), or the engine's KV memory, which stores the keys and
+        values of this call and attends over everything its rows hold: `kv.attend(layer, q, k, v)`,
+        q (B, T, H, D), k and v (B, T, H_kv, D) -> q's shape.  `kv.compiled`: whether the layers run
+        compiled.
         """
         T = ids.shape[1]
         mask = None
@@ -608,8 +610,9 @@ def draw_sums(rng, hard):
 def draw_countdown(rng, hard):
     """'3 9 14 make 15?' -> '(14-9)*3'.
 
-    The target is made by two random moves.  One training problem in five asks for a number that
-    cannot be reached, so that it can be right to find nothing, and a search learns to end.
+    The target is made by two random moves.  One draw in five asks for a number that cannot be
+    reached (27 % of the problems, because fewer of these are drawn anew), so that it can be right
+    to find nothing, and a search learns to end.
     """
     while True:
         numbers = sorted(rng.sample(range(2, 26), 4 if hard else 3))

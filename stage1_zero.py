@@ -2,10 +2,11 @@ r"""Stage 1, NPR-ZERO: find the parallel format by reinforcement learning, decod
 
 In : out/stage0, or --init any Qwen3.   Out: out/stage1/, a model that writes the format by itself.
 
-For every question the policy writes G responses.  Each scores by its format until that is perfect,
-then by its answer:                          R = F if F < 0 else +1 / -1
-Against its group's mean that is its advantage:   A_i = (R_i - mean_G) / (std_G + eps)
-and every token of it is pushed by A_i, clipped (r_it = pi(y_it) / pi_old(y_it)):
+For every question the policy writes G responses.  The reward of a response is its format score
+until the format is perfect, then +1 for a right answer and -1 for a wrong one:
+R = F if F < 0 else +1 / -1.  Its advantage is how far R lies from the group's mean,
+A_i = (R_i - mean_G) / (std_G + eps), the same for all of its tokens, in PPO's clipped loss with
+r_it = pi(y_it) / pi_old(y_it):
 L = -(1 / sum_i |y_i|) sum_i sum_t min(r_it A_i, clip(r_it, 1 - 0.2, 1 + 0.28) A_i)
 
     python stage1_zero.py                         # reads out/stage0, writes out/stage1
@@ -15,7 +16,7 @@ L = -(1 / sum_i |y_i|) sum_i sum_t min(r_it A_i, clip(r_it, 1 - 0.2, 1 + 0.28) A
 Difference from the paper:
 1. It grades violations in (-2, 0]; here every violation scores in [-2, -1.1], because a violation
    milder than a wrong answer (-1) is worth committing, and the policy collapses into nearly valid.
-Differences from textbook PPO, all of them DAPO's (arXiv 2503.14476):
+Differences from the PPO of RLHF, the first GRPO's, the rest DAPO's (arXiv 2503.14476):
 1. no critic: a response is compared with its group;
 2. the upper clip is wider than the lower, so that rare tokens can grow;
 3. groups whose rewards are all equal teach nothing: they are dropped and replaced;
@@ -78,8 +79,10 @@ def read_elements(text):
     """A response's top-level elements, (name, [contents]) each, and what is wrong with them.
 
     A guideline's contents are its plans, any other element has one.  Also returns the text at the
-    end. '<guideline><plan>1:A</plan></guideline><step>1:x</step> y' -> [('guideline', ['1:A']),
-    ('step', ['1:x'])], set(), ' y'
+    end.
+
+    '<guideline><plan>1:A</plan></guideline><step>1:x</step> y' ->
+    [('guideline', ['1:A']), ('step', ['1:x'])], set(), ' y'
     """
     pieces = ANY_TAG.split(text)  # piece 0, tag 0, piece 1, tag 1, .. piece n
     tags = ANY_TAG.findall(text)
@@ -107,7 +110,7 @@ def read_elements(text):
         else:
             # A closing tag that fits: what stands before it is the element's content.
             opened.pop()
-            if name == "plan":
+            if name == "plan" and opened == ["guideline"]:
                 plans.append(piece)
             else:
                 elements.append((name, plans if name == "guideline" else [piece]))
@@ -137,8 +140,8 @@ def parse_response(text):
     elements, violations, final = read_elements(text)
     blocks = []
 
-    # The order of elements as one letter each: a response is right when it reads gsst, gst, gsssgst
-    # .. (guideline, steps, takeaway).  A plan outside every guideline has no place in it.
+    # The order of elements as one letter each: a response is right when it reads gsst, gst,
+    # gssstgst .. (guideline, steps, takeaway, again and again).  A stray plan's p fits nowhere.
     order = "".join(name[0] for name, _ in elements)
     if "<guideline>" not in text:
         violations.add("no block")
@@ -188,51 +191,6 @@ def overlong_penalty(num_tokens, max_new_tokens, buffer):
 # ==================================================================================================
 
 
-def dapo_advantages(rewards, group_ids, eps=1e-6):
-    """A_i = (R_i - mean_G) / (std_G + eps), population std within each group (DAPO eq. 9).
-
-    rewards (N,), group_ids (N,) -> (N,).
-    rewards [1, -1, -1, -1], one group -> mean -0.5, std 0.866 -> [1.73, -0.58, -0.58, -0.58]
-    """
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
-    group_ids = torch.as_tensor(group_ids)
-    advantages = torch.zeros_like(rewards)
-    for g in group_ids.unique():
-        R = rewards[group_ids == g]  # (G,)
-        advantages[group_ids == g] = (R - R.mean()) / (R.std(correction=0) + eps)
-    return advantages
-
-
-def dapo_loss(logprobs, old_logprobs, advantages, mask, eps_low=0.2, eps_high=0.28, num_tokens=None):
-    """Clipped surrogate, averaged over tokens (DAPO eq. 8).
-
-    logprobs, old_logprobs, mask (N, T), advantages (N,) -> scalar.  num_tokens: what the sum is
-    divided by; a micro-batch gives the token count of its whole batch, the default is its own. A =
-    +1: a ratio of 1.5 counts as 1.28 and has no gradient.  A = -1: one of 0.5 counts as 0.8,
-    likewise.
-    """
-    ratio = (logprobs - old_logprobs).exp()  # (N, T)
-    A = advantages[:, None]  # (N, 1)
-    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # (N, T)
-    return -(surrogate * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
-
-
-def objective(batch, group_ids, args):
-    """What a batch of Judged is optimised for: advantages (N,), which tokens act, and the loss."""
-    advantages = dapo_advantages([j.reward + j.penalty for j in batch], group_ids)
-    actions = [[True] * len(j.rollout.ids) for j in batch]  # sequentially every token is sampled
-
-    def loss(logprobs, old_logprobs, advantages, mask, num_tokens):
-        return dapo_loss(logprobs, old_logprobs, advantages, mask, args.eps_low, args.eps_high, num_tokens)
-
-    return advantages, actions, loss
-
-
-# ==================================================================================================
-# 3. Rollout and reward
-# ==================================================================================================
-
-
 @dataclass
 class Judged:
     """One response to one question, and what it earned."""
@@ -250,6 +208,52 @@ class Judged:
     def episode(self):
         """(question, response, verdict), as a reader wants to see it."""
         return self.question, self.text, f"valid {self.valid}, right {self.right}, R {self.reward:.1f}"
+
+
+def dapo_advantages(rewards, group_ids, eps=1e-6):
+    """A_i = (R_i - mean_G) / (std_G + eps), population std within each group (DAPO eq. 9).
+
+    rewards (B,), group_ids (B,) -> (B,).
+
+    rewards [1, -1, -1, -1], one group -> mean -0.5, std 0.866 -> [1.73, -0.58, -0.58, -0.58]
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    group_ids = torch.as_tensor(group_ids)
+    advantages = torch.zeros_like(rewards)
+    for g in group_ids.unique():
+        R = rewards[group_ids == g]  # (G,)
+        advantages[group_ids == g] = (R - R.mean()) / (R.std(correction=0) + eps)
+    return advantages
+
+
+def dapo_loss(logprobs, old_logprobs, advantages, mask, eps_low=0.2, eps_high=0.28, num_tokens=None):
+    """Clipped surrogate, averaged over tokens (DAPO eq. 8).
+
+    logprobs, old_logprobs, mask (B, T), advantages (B,) -> scalar.  num_tokens: what the sum is
+    divided by; a micro-batch gives the token count of its whole batch, the default is its own.
+
+    A = +1: a ratio of 1.5 counts as 1.28 and has no gradient.  A = -1: one of 0.5 as 0.8, likewise.
+    """
+    ratio = (logprobs - old_logprobs).exp()  # (B, T)
+    A = advantages[:, None]  # (B, 1)
+    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # (B, T)
+    return -(surrogate * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
+
+
+def objective(batch, group_ids, args):
+    """What a batch of Judged is optimised for: advantages (B,), which tokens act, and the loss."""
+    advantages = dapo_advantages([j.reward + j.penalty for j in batch], group_ids)
+    actions = [[True] * len(j.rollout.ids) for j in batch]  # sequentially every token is sampled
+
+    def loss(logprobs, old_logprobs, advantages, mask, num_tokens):
+        return dapo_loss(logprobs, old_logprobs, advantages, mask, args.eps_low, args.eps_high, num_tokens)
+
+    return advantages, actions, loss
+
+
+# ==================================================================================================
+# 3. Rollout and reward
+# ==================================================================================================
 
 
 def judge(problem, prompt, rollout, tokenizer, args):
@@ -289,7 +293,7 @@ def sample_groups(engine, data, format_prompt, step, args):
             seed=hash((args.seed, step, draw)) & 0xFFFFFFFF,
         )
 
-        # The reward of each response, by its text alone.
+        # The reward of each response, by its text; and what its length costs.
         drawn = []
         for problem, prompt, rollouts in zip(problems, prompts, responses):
             drawn.append([judge(problem, prompt, r, engine.tokenizer, args) for r in rollouts])
@@ -367,15 +371,16 @@ def main():
     first = run.start(model, optimizers)
 
     steps = range(first + 1, args.steps + 1)
-    bar = tqdm(steps, initial=first, total=args.steps, desc="stage 1", mininterval=0)
+    bar = tqdm(steps, initial=first, total=args.steps, desc=run.path.name, mininterval=0)
     for step in bar:
         # ---- rollout and reward ----
-        # Groups of responses to the same question, which differ in reward: what there is to learn.
+        # Groups of responses to the same question: what there is to compare, and to learn from.
         began = time.time()
         groups, judged = sample_groups(engine, data, format_prompt, step, args)
         rollout_seconds = time.time() - began
 
-        # The rate warms up, stays, and falls over the last quarter, which averages noise out.
+        # The learning rate warms up, stays, and falls over the last quarter, which averages noise
+        # out.
         set_lr(optimizers, min(1.0, step / 5, 4 * (args.steps + 1 - step) / args.steps))
         loss = entropy = clipped = norm = 0.0
 
@@ -392,14 +397,14 @@ def main():
             advantages, actions, loss_of = objective(batch, group_ids, args)
             num_tokens = sum(map(sum, actions))
 
-            # One that did exactly as its group did counts among the tokens, and has no gradient to
-            # compute.
-            learned = [i for i, A in enumerate(advantages) if A != 0]
-            batch = [batch[i] for i in learned]
-            actions = [actions[i] for i in learned]
-            advantages = advantages[learned].to(device)
+            # A response with A = 0 has no gradient: it skips the forward pass, but counts in
+            # num_tokens.
+            kept = [i for i, A in enumerate(advantages) if A != 0]
+            batch = [batch[i] for i in kept]
+            actions = [actions[i] for i in kept]
+            advantages = advantages[kept].to(device)
             examples = [Example(j.prompt, j.rollout.ids, j.rollout.layout) for j in batch]
-            num_learned = sum(map(sum, actions))
+            num_kept = sum(map(sum, actions))
 
             # ---- loss ----
             # Micro-batches add their gradients up; each is divided by the token count of the whole.
@@ -410,15 +415,15 @@ def main():
                 mask[mask.clone()] = torch.tensor([x for i in rows for x in actions[i]], device=device)
 
                 # the forward pass that training shares with the engine
-                logprobs, H = token_logprobs(model, ids, batch_layout)  # (B, T) each
+                logprobs, token_entropy = token_logprobs(model, ids, batch_layout)  # (B, T) each
                 part = loss_of(logprobs, old, advantages[rows], mask, num_tokens)
                 part.backward()
 
                 # What tells a healthy run from a sick one, for the log.
                 ratio = (logprobs.detach() - old).exp()[mask]
                 outside = (ratio < 1 - args.eps_low) | (ratio > 1 + args.eps_high)
-                clipped += outside.sum().item() / num_learned / len(shares)
-                entropy += H[mask].sum().item() / num_learned / len(shares)
+                clipped += outside.sum().item() / num_kept / len(shares)
+                entropy += token_entropy[mask].sum().item() / num_kept / len(shares)
                 loss += part.item() / len(shares)
 
             # ---- step ----
@@ -427,8 +432,9 @@ def main():
                 norm += update(model, optimizers) / len(shares)
 
         # ---- log ----
-        # Means over all that was sampled, dropped groups included: that is how the policy does.
-        loss, entropy, clipped = map(sum, zip(*from_all_ranks([(loss, entropy, clipped)])))
+        # Means over all that was sampled, what was dropped included: that is how the policy does.
+        loss, entropy = map(sum, zip(*from_all_ranks([(loss, entropy)])))
+        clipped = sum(from_all_ranks([clipped]))
         row = {
             "step": step,
             "loss": loss,
@@ -438,7 +444,7 @@ def main():
             "length": fmean(len(j.rollout.ids) for j in judged),
             "critical_path": fmean(j.rollout.critical_path for j in judged),
             "entropy": entropy,  # of the policy, mean over the tokens learned from
-            "clipped": clipped,  # share of tokens whose ratio the clip held back
+            "clipped": clipped,  # share of tokens whose ratio left the clip range (clipfrac)
             "grad_norm": norm,
             "groups_used": len(groups),
             "groups_sampled": len(judged) // args.group_size,
@@ -447,7 +453,7 @@ def main():
             "step_seconds": time.time() - began,
         }
         run.log(**row)
-        shown = ("reward", "valid", "accuracy", "length", "entropy")
+        shown = ("reward", "valid", "accuracy", "length", "critical_path", "entropy")
         bar.set_postfix({key: f"{row[key]:.3g}" for key in shown})
 
         # ---- save ----

@@ -115,7 +115,7 @@ def rejection_sample(
 
 
 def learning_rows(args, run, model, tokenizer):
-    """The rows to learn from (`problem`, `response`, ..), and the prompt that asks for it.
+    """The rows to learn from (`problem`, `response`, ..), and the prompt that asks for the format.
 
     --data with responses is taken as it is.  Anything else is sampled here, once, into <out>/data;
     a resumed run reads it back.  Raises UserError when nothing is accepted or `problem` is missing.

@@ -50,11 +50,13 @@ from stage1_zero import Judged, dapo_advantages, dapo_loss, format_score
 
 
 def papo_advantages(rewards, group_ids, eps=1e-6):
-    """A_i = (R_i - mean_G) / (std_batch + eps), population std over all rewards.
+    """A_i = (R_i - mean_G) / (std_batch + eps).
 
-    A group that is nearly solved has a small spread of its own; dividing by it would blow up its
-    one failure.  The batch's does not.  rewards (N,), group_ids (N,) -> (N,). rewards [1, 1, 1,
-    -1], groups [0, 0, 1, 1] -> means 1 and 0, std 0.866 -> [0, 0, 1.15, -1.15]
+    std_batch: population std over all responses of the step that passed the schema filter, of all
+    questions together.  A nearly solved group has a small std of its own, and dividing by that
+    would blow up its one failure.  rewards (B,), group_ids (B,) -> (B,).
+
+    rewards [1, 1, 1, -1], groups [0, 0, 1, 1] -> means 1 and 0, std 0.866 -> [0, 0, 1.15, -1.15]
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     group_ids = torch.as_tensor(group_ids)
@@ -69,15 +71,15 @@ def papo_loss(logprobs, advantages, mask, num_tokens=None):
     """-(1 / num_tokens) sum of [pi / stopgrad(pi)] A over masked tokens.
 
     The ratio's value is 1 and its gradient is that of log pi: REINFORCE with a group baseline.
-    logprobs, mask (N, T), advantages (N,) -> scalar.  num_tokens: what the sum is divided by, by
+    logprobs, mask (B, T), advantages (B,) -> scalar.  num_tokens: what the sum is divided by, by
     default the tokens of this mask; a micro-batch gives the token count of its whole batch.
     """
-    ratio = (logprobs - logprobs.detach()).exp()  # (N, T), all ones
+    ratio = (logprobs - logprobs.detach()).exp()  # (B, T), all ones
     return -(ratio * advantages[:, None] * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
 
 
 def objective(batch, group_ids, args):
-    """What a batch of Judged is optimised for: advantages (N,), which tokens act, and the loss.
+    """What a batch of Judged is optimised for: advantages (B,), which tokens act, and the loss.
 
     PAPO, or the ablation that a flag asks for.
     """
@@ -141,7 +143,7 @@ def sample_groups(engine, data, format_prompt, step, args):
         max_branches=args.max_branches,
     )
 
-    # The reward of each response, by its text alone.
+    # The reward of each response, by its text and by how it ended.
     drawn = []
     for problem, prompt, rollouts in zip(problems, prompts, responses):
         drawn.append([judge(problem, prompt, r, engine.tokenizer, args) for r in rollouts])
@@ -198,16 +200,17 @@ ARGUMENTS = (
 
 
 def parse_args(argv=None):
-    return read_arguments(__doc__, ARGUMENTS, argv)
-
-
-def main():
-    args = parse_args()
+    args = read_arguments(__doc__, ARGUMENTS, argv)
     if args.count_forced and args.clip_updates:
         raise UserError(
             "--count-forced with --clip-updates: a forced token was not sampled, so it has no old "
             "probability; give one of them"
         )
+    return args
+
+
+def main():
+    args = parse_args()
     device = pick_device(args.device)
     # Larger micro-batches outgrow a CPU's caches (measured: 2.4x slower), smaller ones starve a
     # GPU.
@@ -228,15 +231,16 @@ def main():
     first = run.start(model, optimizers)
 
     steps = range(first + 1, args.steps + 1)
-    bar = tqdm(steps, initial=first, total=args.steps, desc="stage 3", mininterval=0)
+    bar = tqdm(steps, initial=first, total=args.steps, desc=run.path.name, mininterval=0)
     for step in bar:
         # ---- rollout and reward ----
-        # Groups of responses to the same question, which differ in reward: what there is to learn.
+        # Groups of responses to the same question: what there is to compare, and to learn from.
         began = time.time()
         groups, judged = sample_groups(engine, data, format_prompt, step, args)
         rollout_seconds = time.time() - began
 
-        # The rate warms up, stays, and falls over the last quarter, which averages noise out.
+        # The learning rate warms up, stays, and falls over the last quarter, which averages noise
+        # out.
         set_lr(optimizers, min(1.0, step / 5, 4 * (args.steps + 1 - step) / args.steps))
         loss = entropy = gap = norm = 0.0
 
@@ -251,14 +255,14 @@ def main():
             advantages, actions, loss_of = objective(batch, group_ids, args)
             num_tokens = sum(map(sum, actions))
 
-            # One that did exactly as its group did counts among the tokens, and has no gradient to
-            # compute.
-            learned = [i for i, A in enumerate(advantages) if A != 0]
-            batch = [batch[i] for i in learned]
-            actions = [actions[i] for i in learned]
-            advantages = advantages[learned].to(device)
+            # A response with A = 0 has no gradient: it skips the forward pass, but counts in
+            # num_tokens.
+            kept = [i for i, A in enumerate(advantages) if A != 0]
+            batch = [batch[i] for i in kept]
+            actions = [actions[i] for i in kept]
+            advantages = advantages[kept].to(device)
             examples = [Example(j.prompt, j.rollout.ids, j.rollout.layout) for j in batch]
-            num_learned = sum(map(sum, actions))
+            num_kept = sum(map(sum, actions))
 
             # ---- loss ----
             # Micro-batches add their gradients up; each is divided by the token count of the whole.
@@ -269,7 +273,7 @@ def main():
                 mask[mask.clone()] = torch.tensor([x for i in rows for x in actions[i]], device=device)
 
                 # the forward pass that training shares with the engine
-                logprobs, H = token_logprobs(model, ids, batch_layout)  # (B, T) each
+                logprobs, token_entropy = token_logprobs(model, ids, batch_layout)  # (B, T) each
                 part = loss_of(logprobs, old, advantages[rows], mask, num_tokens)
                 part.backward()
 
@@ -280,7 +284,7 @@ def main():
                 gap = max(gap, difference.abs().max().item())
 
                 # means over the whole batch, summed over micro-batches
-                entropy += H[mask].sum().item() / num_learned / len(shares)
+                entropy += token_entropy[mask].sum().item() / num_kept / len(shares)
                 loss += part.item() / len(shares)
 
             # ---- step ----
@@ -289,11 +293,12 @@ def main():
                 norm += update(model, optimizers) / len(shares)
 
         # ---- log ----
-        # Means over all that was sampled, dropped groups included: that is how the policy does.
-        losses, entropies, gaps = zip(*from_all_ranks([(loss, entropy, gap)]))
+        # Means over all that was sampled, what was dropped included: that is how the policy does.
+        loss, entropy = map(sum, zip(*from_all_ranks([(loss, entropy)])))
+        gap = max(from_all_ranks([gap]))
         row = {
             "step": step,
-            "loss": sum(losses),
+            "loss": loss,
             "reward": fmean(j.reward for j in judged),
             "valid": fmean(j.valid for j in judged),
             "accuracy": fmean(j.right for j in judged),
@@ -301,8 +306,8 @@ def main():
             "critical_path": fmean(j.rollout.critical_path for j in judged),
             # most plans of a block: how wide the policy thinks
             "plans": fmean(j.rollout.max_branches for j in judged),
-            "entropy": sum(entropies),
-            "logprob_gap": max(gaps),  # rollout against training forward
+            "entropy": entropy,  # of the policy, mean over the tokens learned from
+            "logprob_gap": gap,  # rollout against training forward
             "grad_norm": norm,
             "used": sum(map(len, groups)),
             "sampled": len(judged),
@@ -311,7 +316,7 @@ def main():
             "step_seconds": time.time() - began,
         }
         run.log(**row)
-        shown = ("valid", "accuracy", "length", "critical_path", "entropy")
+        shown = ("reward", "valid", "accuracy", "length", "critical_path", "entropy")
         bar.set_postfix({key: f"{row[key]:.3g}" for key in shown})
 
         # ---- save ----

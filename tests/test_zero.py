@@ -142,3 +142,11 @@ def test_dapo_loss_is_a_mean_over_tokens_not_over_responses():
 @pytest.mark.parametrize("num_tokens, penalty", [(0, 0.0), (80, 0.0), (90, -0.5), (100, -1.0), (150, -1.0)])
 def test_soft_overlong_penalty(num_tokens, penalty):
     assert abs(overlong_penalty(num_tokens, 100, 20) - penalty) < 1e-9
+
+
+def test_a_plan_after_its_guideline_has_closed_belongs_to_no_block():
+    """It was once added to the guideline that had closed, and the block seemed to have a plan too many."""
+    text = r"<guideline><plan>1:A</plan></guideline><plan>2:B</plan><step>1:A7</step><takeaway>7</takeaway>\boxed{7}"
+    response = parse_response(text)
+    assert response.blocks == [(["A"], [], "")]  # and the steps behind it follow no guideline
+    assert response.violations == ["overlapping tags", "block out of order", "counts differ"]
