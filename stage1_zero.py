@@ -36,7 +36,13 @@ from tqdm import tqdm
 from engine import Engine, Example, Rollout, batches, token_logprobs
 from stage0_model import ANY_TAG, KIND_CHOICES, draw_problems, read_problems, read_prompt  # questions
 from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
-from stage0_model import make_optimizers, recompute_activations, set_lr, update  # optimisation
+from stage0_model import (
+    default_micro_tokens,
+    make_optimizers,
+    recompute_activations,
+    set_lr,
+    update,
+)  # optimisation
 from stage0_model import (
     DTYPES,
     Run,
@@ -240,15 +246,56 @@ def dapo_loss(logprobs, old_logprobs, advantages, mask, eps_low=0.2, eps_high=0.
     return -(surrogate * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
 
 
-def objective(batch, group_ids, args):
-    """What a batch of Judged is optimised for: advantages (B,), which tokens act, and the loss."""
-    advantages = dapo_advantages([j.reward + j.penalty for j in batch], group_ids)
-    actions = [[True] * len(j.rollout.ids) for j in batch]  # sequentially every token is sampled
+@dataclass
+class Batch:
+    """What one update learns from: the responses that have a gradient, B of them."""
+
+    examples: list  # of Example
+    logprobs: list  # of tensors (n,): log-probability of each token when it was sampled
+    actions: list  # of tensors (n,): True where a token was chosen by the policy, and carries loss
+    advantages: torch.Tensor  # (B,)
+    num_tokens: int  # actions of all responses, those without a gradient included
+    num_learned: int  # actions of these responses
+
+
+def batch_of(judged, advantages, actions):
+    """The Batch of a list of Judged, their advantages (B,), and a list of bools for each: its actions.
+
+    A response with A = 0 has no gradient: it skips the forward pass, but counts in num_tokens.
+    """
+    kept = advantages.nonzero()[:, 0].tolist()
+    rollouts = [judged[i].rollout for i in kept]
+    return Batch(
+        examples=[Example(judged[i].prompt, r.ids, r.layout) for i, r in zip(kept, rollouts)],
+        logprobs=[torch.tensor(r.logprobs) for r in rollouts],
+        actions=[torch.tensor(actions[i]) for i in kept],
+        advantages=advantages[kept],
+        num_tokens=sum(map(sum, actions)),
+        num_learned=sum(sum(actions[i]) for i in kept),
+    )
+
+
+def objective(groups, args):
+    """What is optimised on some groups of Judged: a Batch, and its loss."""
+    judged = [j for group in groups for j in group]
+    group_ids = [g for g, group in enumerate(groups) for _ in group]
+    advantages = dapo_advantages([j.reward + j.penalty for j in judged], group_ids)
+    actions = [[True] * len(j.rollout.ids) for j in judged]  # sequentially every token is sampled
 
     def loss(logprobs, old_logprobs, advantages, mask, num_tokens):
         return dapo_loss(logprobs, old_logprobs, advantages, mask, args.eps_low, args.eps_high, num_tokens)
 
-    return advantages, actions, loss
+    return batch_of(judged, advantages, actions), loss
+
+
+def shares_of(groups, args):
+    """The groups of each update.
+
+    DAPO makes several updates of a step's groups, each on its share; after the first the policy is
+    no longer the one that sampled, which is what the ratio and its clip are for.
+    """
+    shares = [groups[u :: args.updates] for u in range(args.updates)]
+    return [share for share in shares if share]
 
 
 # ==================================================================================================
@@ -310,6 +357,17 @@ def sample_groups(engine, data, format_prompt, step, args):
     return groups, judged
 
 
+def averages(judged):
+    """How the policy does: means over all that was sampled, what was dropped included."""
+    return {
+        "reward": fmean(j.reward for j in judged),
+        "valid": fmean(j.valid for j in judged),
+        "accuracy": fmean(j.right for j in judged),
+        "length": fmean(len(j.rollout.ids) for j in judged),  # tokens
+        "critical_path": fmean(j.rollout.critical_path for j in judged),
+    }
+
+
 # ==================================================================================================
 # 4. The loop
 # ==================================================================================================
@@ -352,9 +410,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    # Larger micro-batches outgrow a CPU's caches (measured: 2.4x slower), smaller ones starve a
-    # GPU.
-    args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)
+    args.micro_tokens = args.micro_tokens or default_micro_tokens(device)
 
     # Everything is read before the output folder is touched: a mistake in a flag costs nothing.
     print_inherited(args.init)
@@ -384,71 +440,55 @@ def main():
         set_lr(optimizers, min(1.0, step / 5, 4 * (args.steps + 1 - step) / args.steps))
         loss = entropy = clipped = norm = 0.0
 
-        # DAPO makes several updates of a batch, each on its share of the groups; after the first
-        # the policy is no longer the one that sampled, which is what the ratio and its clip are
-        # for.
-        shares = [groups[u :: args.updates] for u in range(args.updates)]
-        shares = [share for share in shares if share]
+        # An update learns from one share of the groups.
+        shares = shares_of(groups, args)
         for share in shares:
             # ---- advantage ----
-            # How much better than its group each response did.
-            batch = [j for group in share for j in group]
-            group_ids = [g for g, group in enumerate(share) for _ in group]
-            advantages, actions, loss_of = objective(batch, group_ids, args)
-            num_tokens = sum(map(sum, actions))
-
-            # A response with A = 0 has no gradient: it skips the forward pass, but counts in
-            # num_tokens.
-            kept = [i for i, A in enumerate(advantages) if A != 0]
-            batch = [batch[i] for i in kept]
-            actions = [actions[i] for i in kept]
-            advantages = advantages[kept].to(device)
-            examples = [Example(j.prompt, j.rollout.ids, j.rollout.layout) for j in batch]
-            num_kept = sum(map(sum, actions))
+            # How much better than its group each response did, and what follows for its tokens.
+            batch, loss_of = objective(share, args)
+            advantages = batch.advantages.to(device)
 
             # ---- loss ----
             # Micro-batches add their gradients up; each is divided by the token count of the whole.
-            for rows, ids, batch_layout, mask in batches(examples, args.micro_tokens, device, share=ranks()):
+            micro_batches = batches(batch.examples, args.micro_tokens, device, share=ranks())
+            for rows, ids, batch_layout, mask in micro_batches:
                 # log-probabilities when sampled; then narrow the mask from responses to actions
                 old = torch.zeros(ids.shape, device=device)  # (B, T)
-                old[mask] = torch.tensor([x for i in rows for x in batch[i].rollout.logprobs], device=device)
-                mask[mask.clone()] = torch.tensor([x for i in rows for x in actions[i]], device=device)
+                old[mask] = torch.cat([batch.logprobs[i] for i in rows]).to(device)
+                mask[mask.clone()] = torch.cat([batch.actions[i] for i in rows]).to(device)
 
                 # the forward pass that training shares with the engine
                 logprobs, token_entropy = token_logprobs(model, ids, batch_layout)  # (B, T) each
-                part = loss_of(logprobs, old, advantages[rows], mask, num_tokens)
+                part = loss_of(logprobs, old, advantages[rows], mask, batch.num_tokens)
                 part.backward()
 
                 # What tells a healthy run from a sick one, for the log.
                 ratio = (logprobs.detach() - old).exp()[mask]
                 outside = (ratio < 1 - args.eps_low) | (ratio > 1 + args.eps_high)
-                clipped += outside.sum().item() / num_kept / len(shares)
-                entropy += token_entropy[mask].sum().item() / num_kept / len(shares)
+                clipped += outside.sum().item() / batch.num_learned / len(shares)
+                entropy += token_entropy[mask].sum().item() / batch.num_learned / len(shares)
                 loss += part.item() / len(shares)
 
             # ---- step ----
             # The gradients of all ranks together, clipped to norm 1.
-            if examples:
+            if batch.examples:
                 norm += update(model, optimizers) / len(shares)
 
         # ---- log ----
-        # Means over all that was sampled, what was dropped included: that is how the policy does.
+        # What each rank added up, and how the policy does.
         loss, entropy = map(sum, zip(*from_all_ranks([(loss, entropy)])))
         clipped = sum(from_all_ranks([clipped]))
+        means = averages(judged)
         row = {
             "step": step,
             "loss": loss,
-            "reward": fmean(j.reward for j in judged),
-            "valid": fmean(j.valid for j in judged),
-            "accuracy": fmean(j.right for j in judged),
-            "length": fmean(len(j.rollout.ids) for j in judged),
-            "critical_path": fmean(j.rollout.critical_path for j in judged),
+            **means,
             "entropy": entropy,  # of the policy, mean over the tokens learned from
             "clipped": clipped,  # share of tokens whose ratio left the clip range (clipfrac)
             "grad_norm": norm,
             "groups_used": len(groups),
             "groups_sampled": len(judged) // args.group_size,
-            "tokens_per_second": sum(len(j.rollout.ids) for j in judged) / rollout_seconds,
+            "tokens_per_second": means["length"] * len(judged) / rollout_seconds,
             "rollout_seconds": rollout_seconds,
             "step_seconds": time.time() - began,
         }

@@ -41,7 +41,7 @@ from stage0_model import (
     read_arguments,
     run_main,
 )  # run
-from stage0_model import make_optimizers, ranks, recompute_activations, set_lr, update  # training
+from stage0_model import default_micro_tokens, make_optimizers, ranks, recompute_activations, set_lr, update
 from stage1_zero import parse_response
 
 # ==================================================================================================
@@ -279,13 +279,14 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    # A forward pass that outgrows a CPU's caches is 2.4 times slower.
-    args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)
+    args.micro_tokens = args.micro_tokens or default_micro_tokens(device)
+
+    # The checkpoint is sampled first and trained afterwards: one set of weights for both.
     print_inherited(args.init)
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     run = Run(args)
 
-    # ---- data: what the model wrote is likely under it; only the way of decoding is new ----
+    # ---- data: the model's own samples, so that only the layout is new to it ----
     rows, format_prompt = learning_rows(args, run, model, tokenizer)
 
     # ---- tag tokens: the engine forks and joins on single tokens, so responses must have them ----

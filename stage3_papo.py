@@ -28,10 +28,16 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from engine import Engine, Example, batches, token_logprobs
+from engine import Engine, batches, token_logprobs
 from stage0_model import KIND_CHOICES, UserError, draw_problems, read_problems, read_prompt  # questions
 from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
-from stage0_model import make_optimizers, recompute_activations, set_lr, update  # optimisation
+from stage0_model import (
+    default_micro_tokens,
+    make_optimizers,
+    recompute_activations,
+    set_lr,
+    update,
+)  # optimisation
 from stage0_model import (
     DTYPES,
     Run,
@@ -42,7 +48,7 @@ from stage0_model import (
     read_arguments,
     run_main,
 )  # the run
-from stage1_zero import Judged, dapo_advantages, dapo_loss, format_score
+from stage1_zero import Judged, averages, batch_of, dapo_advantages, dapo_loss, format_score
 
 # ==================================================================================================
 # 1. PAPO
@@ -78,23 +84,29 @@ def papo_loss(logprobs, advantages, mask, num_tokens=None):
     return -(ratio * advantages[:, None] * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
 
 
-def objective(batch, group_ids, args):
-    """What a batch of Judged is optimised for: advantages (B,), which tokens act, and the loss.
-
-    PAPO, or the ablation that a flag asks for.
-    """
-    rewards = [j.reward for j in batch]
-    advantages = (
-        dapo_advantages(rewards, group_ids) if args.group_std else papo_advantages(rewards, group_ids)
-    )
-    actions = [[args.count_forced or not forced for forced in j.rollout.forced] for j in batch]
+def objective(groups, args):
+    """What is optimised on some groups of Judged: a Batch, and its loss.  PAPO, or an ablation."""
+    judged = [j for group in groups for j in group]
+    group_ids = [g for g, group in enumerate(groups) for _ in group]
+    take_advantages = dapo_advantages if args.group_std else papo_advantages
+    advantages = take_advantages([j.reward for j in judged], group_ids)
+    actions = [[args.count_forced or not forced for forced in j.rollout.forced] for j in judged]
 
     def loss(logprobs, old_logprobs, advantages, mask, num_tokens):
         if args.clip_updates:
             return dapo_loss(logprobs, old_logprobs, advantages, mask, 0.2, 0.2, num_tokens)
         return papo_loss(logprobs, advantages, mask, num_tokens)
 
-    return advantages, actions, loss
+    return batch_of(judged, advantages, actions), loss
+
+
+def shares_of(groups, args):
+    """The groups of each update.
+
+    PAPO makes one update of all of them, so the policy that learns is the one that sampled: no
+    ratio, no clip, and no token's gradient is cut off, a tag's least of all.
+    """
+    return [groups] * (args.clip_updates or 1)
 
 
 # ==================================================================================================
@@ -212,9 +224,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    # Larger micro-batches outgrow a CPU's caches (measured: 2.4x slower), smaller ones starve a
-    # GPU.
-    args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)
+    args.micro_tokens = args.micro_tokens or default_micro_tokens(device)
 
     # Everything is read before the output folder is touched: a mistake in a flag costs nothing.
     print_inherited(args.init)
@@ -244,37 +254,26 @@ def main():
         set_lr(optimizers, min(1.0, step / 5, 4 * (args.steps + 1 - step) / args.steps))
         loss = entropy = gap = norm = 0.0
 
-        # PAPO makes one update of a batch, so the policy that learns is the one that sampled: no
-        # ratio, no clip, and no token's gradient is cut off, a tag's least of all.
-        shares = [groups] * (args.clip_updates or 1)
+        # An update learns from one share of the groups.
+        shares = shares_of(groups, args)
         for share in shares:
             # ---- advantage ----
-            # How much better than its group each response did.
-            batch = [j for group in share for j in group]
-            group_ids = [g for g, group in enumerate(share) for _ in group]
-            advantages, actions, loss_of = objective(batch, group_ids, args)
-            num_tokens = sum(map(sum, actions))
-
-            # A response with A = 0 has no gradient: it skips the forward pass, but counts in
-            # num_tokens.
-            kept = [i for i, A in enumerate(advantages) if A != 0]
-            batch = [batch[i] for i in kept]
-            actions = [actions[i] for i in kept]
-            advantages = advantages[kept].to(device)
-            examples = [Example(j.prompt, j.rollout.ids, j.rollout.layout) for j in batch]
-            num_kept = sum(map(sum, actions))
+            # How much better than its group each response did, and what follows for its tokens.
+            batch, loss_of = objective(share, args)
+            advantages = batch.advantages.to(device)
 
             # ---- loss ----
             # Micro-batches add their gradients up; each is divided by the token count of the whole.
-            for rows, ids, batch_layout, mask in batches(examples, args.micro_tokens, device, share=ranks()):
+            micro_batches = batches(batch.examples, args.micro_tokens, device, share=ranks())
+            for rows, ids, batch_layout, mask in micro_batches:
                 # log-probabilities when sampled; then narrow the mask from responses to actions
                 old = torch.zeros(ids.shape, device=device)  # (B, T)
-                old[mask] = torch.tensor([x for i in rows for x in batch[i].rollout.logprobs], device=device)
-                mask[mask.clone()] = torch.tensor([x for i in rows for x in actions[i]], device=device)
+                old[mask] = torch.cat([batch.logprobs[i] for i in rows]).to(device)
+                mask[mask.clone()] = torch.cat([batch.actions[i] for i in rows]).to(device)
 
                 # the forward pass that training shares with the engine
                 logprobs, token_entropy = token_logprobs(model, ids, batch_layout)  # (B, T) each
-                part = loss_of(logprobs, old, advantages[rows], mask, num_tokens)
+                part = loss_of(logprobs, old, advantages[rows], mask, batch.num_tokens)
                 part.backward()
 
                 # What tells a healthy run from a sick one, for the log: above all, whether the
@@ -284,26 +283,23 @@ def main():
                 gap = max(gap, difference.abs().max().item())
 
                 # means over the whole batch, summed over micro-batches
-                entropy += token_entropy[mask].sum().item() / num_kept / len(shares)
+                entropy += token_entropy[mask].sum().item() / batch.num_learned / len(shares)
                 loss += part.item() / len(shares)
 
             # ---- step ----
             # The gradients of all ranks together, clipped to norm 1.
-            if examples:
+            if batch.examples:
                 norm += update(model, optimizers) / len(shares)
 
         # ---- log ----
-        # Means over all that was sampled, what was dropped included: that is how the policy does.
+        # What each rank added up, and how the policy does.
         loss, entropy = map(sum, zip(*from_all_ranks([(loss, entropy)])))
         gap = max(from_all_ranks([gap]))
+        means = averages(judged)
         row = {
             "step": step,
             "loss": loss,
-            "reward": fmean(j.reward for j in judged),
-            "valid": fmean(j.valid for j in judged),
-            "accuracy": fmean(j.right for j in judged),
-            "length": fmean(len(j.rollout.ids) for j in judged),
-            "critical_path": fmean(j.rollout.critical_path for j in judged),
+            **means,
             # most plans of a block: how wide the policy thinks
             "plans": fmean(j.rollout.max_branches for j in judged),
             "entropy": entropy,  # of the policy, mean over the tokens learned from
@@ -311,7 +307,7 @@ def main():
             "grad_norm": norm,
             "used": sum(map(len, groups)),
             "sampled": len(judged),
-            "tokens_per_second": sum(len(j.rollout.ids) for j in judged) / rollout_seconds,
+            "tokens_per_second": means["length"] * len(judged) / rollout_seconds,
             "rollout_seconds": rollout_seconds,
             "step_seconds": time.time() - began,
         }
