@@ -259,7 +259,7 @@ class Batch:
 
 
 def batch_of(judged, advantages, actions):
-    """The Batch of a list of Judged: their advantages (B,), and for each a list of bools, its actions.
+    """The Batch of some Judged, their advantages (B,), and for each a list of bools: its actions.
 
     A response with A = 0 has no gradient: it skips the forward pass, but counts in num_tokens.
     """
