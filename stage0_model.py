@@ -49,11 +49,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 # 1. The model: Qwen3, bottom-up
 # ==================================================================================================
 
+# Three families are this one model but for two switches.  model_type: (class in transformers, norm
+# of queries and keys, biases on q, k and v)
+FAMILIES = {
+    "qwen3": ("Qwen3ForCausalLM", True, False),
+    "qwen2": ("Qwen2ForCausalLM", False, True),  # Qwen2.5 too
+    "llama": ("LlamaForCausalLM", False, False),  # without rope scaling: SmolLM2
+}
+
 
 @dataclass
 class Qwen3Config:
     """Fields as in a Qwen3 config.json; the defaults are the tiny base (0.87M parameters)."""
 
+    model_type: str = "qwen3"  # of FAMILIES
     vocab_size: int = 400  # V
     hidden_size: int = 128  # C
     intermediate_size: int = 384
@@ -177,7 +186,7 @@ def attention(q, k, v, mask):
 
 
 class Attention(nn.Module):
-    """The two ends of grouped-query attention with QK-norm.
+    """The two ends of grouped-query attention, in Qwen3 with QK-norm.
 
     What is between them, and what a token may see, is decided outside.
     """
@@ -187,24 +196,28 @@ class Attention(nn.Module):
         self.head_dim = D = config.head_dim
         q_width = config.num_attention_heads * D  # not always C
         kv_width = config.num_key_value_heads * D
-        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        _, qk_norm, qkv_bias = FAMILIES[config.model_type]
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
 
         # each norm has one weight for all its heads
-        self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.q_norm = nn.RMSNorm(D, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(D, config.rms_norm_eps) if qk_norm else None
 
     def queries_keys_values(self, x, cos, sin):
         """x (B, T, C) -> (B, T, H, D), (B, T, H_kv, D), (B, T, H_kv, D)."""
         D = self.head_dim
-        heads = (*x.shape[:2], -1, D)
+        q, k, v = (
+            project(x).view(*x.shape[:2], -1, D) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
 
         # The weight is applied outside of rms_norm: autocast gives bf16 queries, an fp32 weight.
-        q = F.rms_norm(self.q_proj(x).view(heads), (D,), eps=self.q_norm.eps) * self.q_norm.weight
-        k = F.rms_norm(self.k_proj(x).view(heads), (D,), eps=self.k_norm.eps) * self.k_norm.weight
-        return rotate(q, cos, sin), rotate(k, cos, sin), self.v_proj(x).view(heads)
+        if self.q_norm is not None:
+            q = F.rms_norm(q, (D,), eps=self.q_norm.eps) * self.q_norm.weight
+            k = F.rms_norm(k, (D,), eps=self.k_norm.eps) * self.k_norm.weight
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -257,7 +270,9 @@ def compiled_layer(layer, x, cos, sin, attend):
 
 
 class Qwen3(nn.Module):
-    """Qwen3 with Hugging Face's parameter names, so that checkpoints need no translation."""
+    """Qwen3, or another of FAMILIES, with Hugging Face's parameter names: checkpoints need no
+    translation.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -374,17 +389,30 @@ def train_tokenizer(texts, vocab_size=400):
 def prompt_ids(tokenizer, question, system_prompt):
     """Token ids of the chat prompt up to where the assistant begins to speak.
 
-    A system prompt with {question} in it is the whole user turn.
+    A system prompt with {question} in it is the whole user turn, and where the chat template knows
+    no system turn it is the beginning of the user's.  Raises UserError when the template fails.
     """
-    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+    turns = [[{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]]
+    whole = f"{system_prompt}\n\n{question}"
     if "{question}" in system_prompt:
-        messages = [{"role": "user", "content": system_prompt.replace("{question}", question)}]
+        turns = []
+        whole = system_prompt.replace("{question}", question)
+    turns.append([{"role": "user", "content": whole}])
 
-    # enable_thinking=False asks Qwen3's own template for its non-thinking mode; others ignore it
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    return tokenizer.encode(text, add_special_tokens=False)
+    # a template raises on what it does not know, or drops it without a word
+    for messages in turns:
+        try:
+            # enable_thinking=False asks Qwen3's own template for its non-thinking mode; others
+            # ignore it
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except Exception as error:
+            why = error
+        else:
+            if messages is turns[-1] or system_prompt.strip() in text:
+                return tokenizer.encode(text, add_special_tokens=False)
+    raise UserError(f"{tokenizer.name_or_path}: the chat template fails ({why}); mend chat_template.jinja")
 
 
 def response_text(tokenizer, ids):
@@ -1020,6 +1048,14 @@ def checkpoint_folder(name):
         )
 
 
+def read_json(file):
+    """The object in a JSON file of a checkpoint; UserError when it holds none."""
+    try:
+        return dict(json.loads(file.read_text()).items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not a readable JSON object ({error}); copy or download it again")
+
+
 def read_config(path):
     """(Qwen3Config, name of the weights' dtype or None) of a checkpoint folder's config.json."""
     file = path / "config.json"
@@ -1027,31 +1063,37 @@ def read_config(path):
         raise UserError(
             f"{file} is missing: expected a Hugging Face checkpoint; run the stage that writes it"
         )
-    raw = json.loads(file.read_text())
-    if raw.get("model_type") != "qwen3":
-        raise UserError(f"{file}: model_type is {raw.get('model_type')!r}, this project reads 'qwen3' only")
+    raw = read_json(file)
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{file}: model_type is {family!r}, this project reads {', '.join(FAMILIES)}")
 
     # what would change the numbers and is not implemented is refused by name
     rope = raw.get("rope_parameters") or {}
-    switches = ("quantization_config", "rope_scaling", "use_sliding_window", "attention_bias")
+    switches = ["quantization_config", "rope_scaling", "use_sliding_window", "mlp_bias"]
+    switches += ["attention_bias"] if family != "qwen2" else []  # there it has no say
     refused = [key for key in switches if raw.get(key)]
     choices = [
         *(("layer_types", kind, "full_attention") for kind in sorted(raw.get("layer_types") or ())),
         ("rope_type", rope.get("rope_type", "default"), "default"),
         ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
+        ("partial_rotary_factor", (raw | rope).get("partial_rotary_factor") or 1.0, 1.0),
     ]
     refused += [f"{key} {value!r}" for key, value, supported in choices if value != supported]
     if refused:
         raise UserError(f"{file}: {refused[0]} is not supported; use a checkpoint without it")
 
-    # rope_theta has no safe default: 1e4, 1e6, 5e6 are all in use, and a wrong one fails silently
+    # rope_theta has no safe default: 1e4, 1e6, 5e6 are all in use, and a wrong one fails silently;
+    # the size of a head has one, outside of Qwen3
     raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
+    if family != "qwen3" and raw.get("head_dim") is None and raw.get("num_attention_heads"):
+        raw["head_dim"] = raw.get("hidden_size", 0) // raw["num_attention_heads"]
     known = set(Qwen3Config.__dataclass_fields__)
-    optional = {"initializer_range", "tie_word_embeddings"}
+    optional = {"initializer_range", "tie_word_embeddings", "eos_token_id"}
     missing = [key for key in sorted(known - optional) if raw.get(key) is None]
     if missing:
         raise UserError(f"{file}: {', '.join(missing)} missing; expected the fields of a Qwen3 config")
-    raw.setdefault("tie_word_embeddings", False)
+    raw = {"tie_word_embeddings": False, "eos_token_id": None} | raw
     config = Qwen3Config(**{key: raw[key] for key in known & raw.keys()})
 
     # the dtype was called `torch_dtype` before transformers 5
@@ -1062,12 +1104,13 @@ def read_weights(path):
     """{name: tensor} of all the .safetensors shards of a checkpoint folder."""
     index = path / "model.safetensors.index.json"
 
-    # a model of several shards has an index that names the file of each tensor
-    names = (
-        set(json.loads(index.read_text())["weight_map"].values())
-        if index.is_file()
-        else {"model.safetensors"}
-    )
+    # a model of several shards has an index that names the file of each tensor, in this folder
+    names = {"model.safetensors"}
+    if index.is_file():
+        placed = read_json(index).get("weight_map")
+        names = set(map(str, placed.values())) if isinstance(placed, dict) else set()
+        if not names or any(Path(name).name != name for name in names):
+            raise UserError(f"{index}: weight_map must name files beside it; copy or download it again")
 
     # every file of the index must be there, or the download is not finished
     weights = {}
@@ -1078,11 +1121,16 @@ def read_weights(path):
                 "finish the stage that writes it, or the download"
             )
 
-        # a file that was cut off says so itself
+        # a file that was cut off says so itself; a quantised one, or one of a run that diverged, not
         try:
             weights |= load_file(file)
         except SafetensorError as error:
             raise UserError(f"{file}: not a readable safetensors file ({error}); write it again")
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{path}: {name} is {weight.dtype}; expected fp32, bf16 or fp16 weights")
+        if not weight.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
     return weights
 
 
@@ -1093,7 +1141,11 @@ def read_tokenizer(path, config):
     name only <|endoftext|>, though their chat template closes a turn with <|im_end|>, the one that
     is learned here.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"{path}: no readable tokenizer ({why}); copy tokenizer.json and its config there")
     if not tokenizer.chat_template:
         raise UserError(
             f"{path}: the tokenizer has no chat template; "
@@ -1103,13 +1155,15 @@ def read_tokenizer(path, config):
     # this project's turns end as the chat template has them
     if "<|im_end|>" in tokenizer.get_vocab():
         tokenizer.eos_token = "<|im_end|>"
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path / 'tokenizer_config.json'}: eos_token missing; name what ends a turn there")
 
     # each names one token, several, or none
     generation = path / "generation_config.json"
-    more = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    more = read_json(generation).get("eos_token_id") if generation.is_file() else None
     ends = {tokenizer.eos_token_id}
-    for named in (config.eos_token_id, [] if more is None else more):
-        ends.update(named if isinstance(named, list) else [named])
+    for named in (config.eos_token_id, more):
+        ends.update(named if isinstance(named, list) else {named} - {None})
 
     # one id stays a number, as in the files
     config.eos_token_id = sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id
@@ -1121,14 +1175,20 @@ def load(path_or_hub_name, device=None, dtype=None):
 
     dtype: torch dtype of the weights, cast where the file has another; None: what config.json says,
     bf16 or else fp32.
-    Raises UserError when the checkpoint is missing, is not a plain Qwen3, or lacks a field that has
-    no safe default.
+    Raises UserError when the checkpoint is missing or broken, is not of FAMILIES, or lacks a field
+    that has no safe default.
     """
     path = checkpoint_folder(path_or_hub_name)
     config, stored_dtype = read_config(path)
     weights = read_weights(path)
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # some exports carry a duplicate
+
+    # some exports carry a duplicate; but where it differs the file is right, and the flag is wrong
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        config.tie_word_embeddings = torch.equal(
+            weights["lm_head.weight"], weights.get("model.embed_tokens.weight", torch.empty(0))
+        )
+        if config.tie_word_embeddings:
+            del weights["lm_head.weight"]
 
     # on the meta device a model costs no memory until it is given the weights that were read
     with torch.device("meta"):
@@ -1139,7 +1199,7 @@ def load(path_or_hub_name, device=None, dtype=None):
     if wrong:
         raise UserError(
             f"{path}: weights do not fit config.json at {wrong[0]} (and {len(wrong) - 1} more); "
-            "expected a Qwen3 checkpoint"
+            f"expected a {config.model_type} checkpoint"
         )
 
     # assign: the tensors that were read become the parameters, uncopied if the dtype is theirs
@@ -1152,18 +1212,21 @@ def load(path_or_hub_name, device=None, dtype=None):
 def save(model, tokenizer, path):
     """Write a Hugging Face checkpoint folder.
 
-    The weights go last and by rename, so a folder that has them is complete.
+    The weights go last and by rename, so a folder that has them is complete.  Those of another
+    checkpoint go first: beside an index, its shards are what would be loaded.
     """
     path = Path(path)
+    for stale in path.glob("model*.safetensors*"):
+        stale.unlink()
     tokenizer.save_pretrained(path)  # makes the folder
     ends = {"eos_token_id": model.config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     write_json(path / "generation_config.json", ends)
 
     # both spellings of theta: transformers 5 reads the nested one, vLLM and SGLang the flat one
+    architecture, _, qkv_bias = FAMILIES[model.config.model_type]
     config = asdict(model.config) | {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
+        "architectures": [architecture],
+        "attention_bias": qkv_bias,  # some engines read it of Qwen2 too
         "hidden_act": "silu",
         "use_cache": True,
         "pad_token_id": tokenizer.pad_token_id,
