@@ -1255,10 +1255,15 @@ def write_json(path, value):
     write_atomic(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def made_with(path):
+    """The arguments of the run that made the checkpoint at path; {} where they are not known."""
+    file = Path(path) / "args.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def print_inherited(path):
     """One line on what the checkpoint at path was made with."""
-    file = Path(path) / "args.json"
-    made = json.loads(file.read_text()) if file.is_file() else {}
+    made = made_with(path)
     told = ", ".join(
         f"{key} {value}"
         for key, value in made.items()
@@ -1471,18 +1476,25 @@ def draw_problems(data, kind, n, seed):
     return random.Random(seed).sample(data, min(n, len(data)))
 
 
-def read_prompt(prompt_file, data):
+def read_prompt(prompt_file, data, path=None):
     """What asks for the format: the text of prompt_file.
 
-    By default FORMAT_PROMPT, which the tiny base was brought up on, or with real data the
-    instructions in assets/format_prompt.txt.  A text with {question} in it is the whole user turn,
-    any other the system prompt.  Raises UserError when there is no such file.
+    By default what the checkpoint at `path` was trained to answer (`prompt_file` in its args.json);
+    else FORMAT_PROMPT, which the tiny base was brought up on, or with real data the instructions in
+    assets/format_prompt.txt.  A text with {question} in it is the whole user turn, any other the
+    system prompt.  Raises UserError when there is no such file.
     """
+    source = "--prompt-file"
+    if path and not prompt_file:
+        prompt_file = made_with(path).get("prompt_file")
+        source = f"{path}/args.json: prompt_file"
     if not prompt_file and not data:
         return FORMAT_PROMPT
     file = Path(prompt_file or REAL_FORMAT_PROMPT_FILE)
     if not file.is_file():
-        raise UserError(f"--prompt-file {file}: no such file; expected a text like {REAL_FORMAT_PROMPT_FILE}")
+        raise UserError(
+            f"{source} {file}: no such file; give --prompt-file a text like {REAL_FORMAT_PROMPT_FILE}"
+        )
     return file.read_text().strip()
 
 
