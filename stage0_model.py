@@ -477,15 +477,21 @@ class Problem:
 
 
 def last_boxed(text):
-    r"""Content of the last complete `\boxed{..}` in text, or None: 'x \boxed{a{b}} y' -> 'a{b}'."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for i in range(start + 6, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start + 7 : i]
+    r"""Content of the last complete box in text, or None: 'x \boxed{a{b}} y' -> 'a{b}'.
+
+    As TeX has it: `\boxed {5}`, `\boxed 5`, `\fbox{5}`, and braces that are escaped do not count.
+    """
+    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text))):
+        if not text.startswith("{", box.end()):
+            bare = re.match(r"[^\s$]+?(?=[.,;:]?(?:[\s$]|$))", text[box.end() :])
+            if bare:
+                return bare[0]
+            continue
+        depth = 0
+        for mark in re.finditer(r"\\.|[{}]", text[box.end() :], re.S):
+            depth += {"{": 1, "}": -1}.get(mark[0], 0)
+            if depth == 0 and mark[0] == "}":
+                return text[box.end() + 1 : box.end() + mark.start()]
     return None
 
 
@@ -1368,13 +1374,49 @@ def grid_problem(name, question, solution):
     return Problem("grid", asked, json.dumps(grid))
 
 
-def choice_problem(question, options, answer):
-    """Multiple choice; the answer is a letter, an option's index, or an option's text."""
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    listed = "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options))
-    letter_of = dict(zip(options, letters))
-    answer = letters[int(answer)] if answer.isdigit() else letter_of.get(answer, answer)
-    return Problem("choice", f"{question}\n{listed}\nAnswer with the letter.".strip(), answer)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def option_texts(options):
+    """Texts of the options of a multiple choice, whatever holds them.
+
+    ['x', 'y'], {'A': 'x', 'B': 'y'}, {'label': ['A', 'B'], 'text': ['x', 'y']}, [{'text': 'x'},
+    ..] and '(A) x (B) y' -> ['x', 'y']
+    """
+    if isinstance(options, str):
+        marked = re.split(r"(?:^|\s)\(?[A-Z][).:]\s*", options)
+        options = marked[1:] if len(marked) > 2 else options.strip().split("\n")
+    if isinstance(options, dict):
+        options = options.get("text") or list(options.values())
+    texts = [option.get("text") if isinstance(option, dict) else option for option in options]
+
+    # options may bring the letters that they are listed with
+    lettered = [re.fullmatch(rf"\(?{letter}[).:]\s*(.*)", str(t), re.S) for letter, t in zip(LETTERS, texts)]
+    return [str(t).strip() for t in ([match[1] for match in lettered] if all(lettered) else texts)]
+
+
+def choice_problem(place, question, options, answer):
+    """Multiple choice; the answer is an option's text, its letter ('(B)', 'b', 'B.') or index."""
+    labels = options.get("label", options) if isinstance(options, dict) else ()  # need not be letters
+    labels = [str(label) for label in labels]
+    options = option_texts(options)
+    listed = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
+    key = re.fullmatch(r"\(?([A-Z])[).:]?", str(answer).strip(), re.I)
+
+    # a text like any other may be a number: 2 of 1, 2, 3, 4; a number that is none is an index
+    if str(answer).strip() in labels:
+        index = labels.index(str(answer).strip())
+    elif isinstance(answer, str) and answer.strip() in options:
+        index = options.index(answer.strip())
+    elif key:
+        index = LETTERS.index(key[1].upper())
+    else:
+        index = float(answer) if re.fullmatch(r"\d+(\.0*)?", str(answer).strip()) else len(options)
+    if index >= len(options):
+        raise UserError(
+            f"{place}: the answer {answer!r} is none of the options; expected text, letter or index"
+        )
+    return Problem("choice", f"{question}\n{listed}\nAnswer with the letter.".strip(), LETTERS[int(index)])
 
 
 def read_problem(name, number, row, question_column, answer_column):
@@ -1393,19 +1435,24 @@ def read_problem(name, number, row, question_column, answer_column):
         if "rows" in answer:
             return grid_problem(name, question, answer)
         answer = answer.get("ground_truth", answer.get("value"))
+    options = row.get("options") or row.get("choices")
+    if options:
+        return choice_problem(f"{name}: row {number}", question, options, answer)
     answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
 
-    # or the box of a worked solution
-    if source == "solution" and last_boxed(answer) is None:
+    # or the box of a worked solution; of several, the last need not be the answer
+    boxes = {last_boxed(answer[: box.start()]) for box in re.finditer(r"(?=\\(?:boxed|fbox)\b)|$", answer)}
+    boxes -= {None}
+    if source == "solution" and len(boxes) != 1:
         raise UserError(
-            f"{name}: the solution of row {number} has no \\boxed{{answer}}; "
+            f"{name}: the solution of row {number} has {'several' if boxes else 'no'} \\boxed{{answer}}; "
             "name another with --answer-column"
         )
     answer = (last_boxed(answer) or answer).strip()
-    options = row.get("options") or row.get("choices")
-    if options:
-        return choice_problem(question, options, answer)
-    return Problem("choice" if re.fullmatch("[A-Z]", answer) else "math", question.strip(), answer)
+    letter = re.fullmatch(rf"(?:{FONT}\{{)?\(([A-Z])\)\}}?|([A-Z])", answer)
+    if letter:
+        return Problem("choice", question.strip(), letter[1] or letter[2])
+    return Problem("math", question.strip(), answer)
 
 
 def read_problems(name, question_column="", answer_column=""):
@@ -1424,26 +1471,125 @@ def read_problems(name, question_column="", answer_column=""):
     return problems
 
 
+# Spellings that math-verify cannot read, as ones that it can: (pattern, replacement), in this order.
+UNICODE = {"°": r"^\circ", "²": "^{2}", "³": "^{3}", "×": r"\times ", "·": r"\cdot ", "−": "-", "–": "-"}
+UNICODE |= {"≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup "}
+UNICODE |= {"∅": r"\emptyset ", "∈": r"\in ", "…": r"\ldots ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}"}
+FONT = r"\\(?:text(?:bf|it|rm|normal)?|math(?:bf|rm|sf|it)|mbox|operatorname)\s*"
+NO_UNIT = r"(?!(?:and|or|is|percent|pct|pi|inf|infinity|sqrt|sin|cos|tan|log|ln|exp)\b)"
+UNIT = NO_UNIT + r"(?:[A-Za-z]{2,}|[msghLJNWVKC])(?:\^\{?-?\d\}?)?"
+SPELLINGS = (
+    (r"√\s*(\d+|\w|\([^()]*\))", r"\\sqrt{\1}"),
+    *((character, latex.replace("\\", r"\\")) for character, latex in UNICODE.items()),
+    (r"\\(?:left|right)(?![a-z])\.?|\\!\s*|\\?\$|\\displaystyle|\\q?quad", ""),
+    (rf"^{FONT}\{{\s*(-?[\d.][^{{}}]*)\}}$", r"\1"),  # \text{5 cm}
+    (r"\\[cl]?dots[a-z]?|\.\.\.+", r"\\ldots"),
+    (r"\\varnothing", r"\\emptyset"),
+    (r"(?<=\d)(?:\\[,;: ]|~|\{,\}| )\s*(?=\d{3}(?!\d))", ""),  # 10\,000
+    (r"(?<=\d)\.(?!\d)", ""),  # 5. and -1./3
+    (r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),
+    (r"\b(?:np|math)\.(?=[a-z])", r"\\"),
+    *(
+        (rf"(?<=[\d}}])\s*(?:{FONT}\{{\s*)?{word}\b.*", rf" \\times 10^{{{zeros}}}")
+        for word, zeros in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+    ),
+    (rf"(?<=[^_^\s{{])\s*(?:\\[ ,;]|~)?{FONT}\{{[^{{}}]*\}}(?:\^\{{?\d\}}?)?$", ""),  # 5\text{ cm}^2
+    (rf"^(-?[\d.,]+(?: \\times 10\^\{{-?\d+\}})?)\s+{UNIT}(?:[ /]{UNIT})*$", r"\1"),  # 5 m/s
+    (rf"(?<=\d)_\{{?(?:{FONT}\{{)?(\d+)\}}*$", r"_\1"),  # the base of a number
+    (r"(?<![A-Za-z\\])E(?=_)", r"\\Xi"),  # E_1; a bare E would be Euler's number
+    (r"(?<=\d)i\b", " i"),  # of a complex number
+    (r"^\s*[a-zA-Z]\s*\\in(?![a-z])", ""),  # x \in [0, 1]
+)
+
+# What is one answer letter by letter: 21_8, 1, 2, \ldots, BCAD, \text{east}.
+LITERAL = re.compile(rf"\d+_\d+|.*\\ldots.*|[A-Z]{{2,}}|{FONT}\{{.*\}}", re.S)
+ASSIGNMENT = re.compile(r"\s*(\\?[A-Za-z]+(?:_\{[^{}]*\}|_\w|\([a-z]\))?)\s*=([^=,;]*)")
+EQUALS = re.compile(r"(?<![<>!])=")
+
+
+def as_latex(text):
+    r"""An answer as math-verify reads it: '4.5e33 kg' -> '4.5 \times 10^{33}', '√2' -> '\sqrt{2}'."""
+    for pattern, replacement in SPELLINGS:
+        text = re.sub(pattern, replacement, text)
+    return text.strip()
+
+
+def as_word(text):
+    r"""An answer that is not calculated with: 'BCAD' and '\text{bcad}' -> 'bcad'."""
+    bare = re.sub(rf"^{FONT}\{{(.*)\}}$", r"\1", text).replace(" ", "")
+    return bare.casefold() if bare.isalpha() and len(bare) > 1 else bare
+
+
+@functools.lru_cache(4096)
+def read_math(text):
+    """What math-verify parses in LaTeX: [] or [expression, text].  It gives up after 5 s."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse  # optional: only real mathematics needs it
+
+    # units are cut off above: it would take the t of `\frac{1}{m} t` for tons.  And where it cannot
+    # read a whole, it is not to look for parts
+    normal = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="all")
+    how = [LatexExtractionConfig(normalization_config=normal)]
+    return parse(f"\\boxed{{{text}}}", how, extraction_mode="first_match", parsing_timeout=5)
+
+
+def same_number(gold, given):
+    """Are two numbers of SymPy equal: exactly, or where there is a decimal, to six digits?"""
+    from sympy import Float, N, Rational
+
+    # 1 / 2^99 is not 0, and 4.5e33 is a whole number
+    decimals = gold.atoms(Float) | given.atoms(Float)
+    gold, given = (x.xreplace({d: Rational(str(d)) for d in decimals}) for x in (gold, given))
+    size = abs(N(gold, 30))
+    gap = abs(N(gold - given, 30))
+    return bool(gap <= (2e-6 * min(1, size) if decimals else 1e-20 * size))
+
+
 def same_math(boxed, answer):
     r"""Are two answers mathematically the same?
 
-    math-verify parses both (it never evaluates text) and gives up after 5 s each.
+    math-verify parses and compares both (it never evaluates text) and gives up after 5 s each.
+    tests/answer_pairs.tsv lists what is the same, what is not, and what it cannot tell.
 
     '0.5', '\frac{1}{2}' -> True      '(0, 1]', '[0, 1]' -> False
     """
-    from math_verify import parse, verify  # optional: only real mathematics needs it
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
 
-    if boxed.strip() == answer:
-        return True
     if len(boxed) > 1000:
         return False
-    gold, given = (parse(f"\\boxed{{{x}}}", parsing_timeout=5) for x in (answer, boxed))
-    return verify(gold, given, timeout_seconds=5)
+    gold, given = as_latex(answer), as_latex(boxed)
+    if as_word(gold) == as_word(given):
+        return bool(given)
+    if LITERAL.fullmatch(gold) or LITERAL.fullmatch(given):
+        return False
+
+    # k = 5 is as good as 5; but the equation of a line is not what stands on its right
+    if bool(EQUALS.search(gold)) != bool(EQUALS.search(given)) and "," not in gold + given:
+        assigned = ASSIGNMENT.fullmatch(gold) or ASSIGNMENT.fullmatch(given)
+        if not assigned or (assigned[1] == "y" and "x" in assigned[2]):
+            return False
+        gold, given = (text.rpartition("=")[2] for text in (gold, given))
+
+    # numbers are compared here, because math-verify rounds to six places behind the point
+    parsed = [read_math(gold), read_math(given)]
+    values = [value[0] for value in parsed if value and getattr(value[0], "is_number", False)]
+    if len(values) == 2 and "%" not in gold + given:
+        try:
+            return timeout(5)(same_number)(*values)
+        except (TimeoutException, TypeError, ValueError, OverflowError):
+            return False
+    return verify(*parsed, timeout_seconds=5, allow_set_relation_comp=True)
 
 
 def same_choice(boxed, answer):
-    """The letter itself, whatever it is wrapped in: '(B)', '\\text{B}.', 'b' -> B."""
-    return re.sub(r"\\(?:text\w*|mathrm|mathbf)|[^A-Za-z]", "", boxed).upper() == answer
+    r"""The letter itself, whatever stands around it: '(B)', '\text{B}.', 'b', 'B: 2 apples' -> B."""
+    text = re.sub(r"\\(?:[a-zA-Z]+|.)|[${}*]", " ", boxed)
+    letter = r"(?:option|choice|answer)?[\s:]*(?:\(\s*([a-z])\s*\)|([a-z])\s*(?:[).:]|$))(.*)"
+    match = re.fullmatch(letter, text.strip(), re.I | re.S)
+    another = match and re.match(r"\s*(?:or|and|,)\s*\(?[a-z]\b", match[3], re.I)
+    return bool(match) and not another and (match[1] or match[2]).upper() == answer
 
 
 def same_grid(boxed, answer):
