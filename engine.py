@@ -42,7 +42,16 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from stage0_model import FORMAT_PROMPT, UserError, load, pick_device, prompt_ids, read_arguments, run_main
+from stage0_model import (
+    UserError,
+    load,
+    made_with,
+    pick_device,
+    prompt_ids,
+    read_arguments,
+    read_prompt,
+    run_main,
+)
 from stage0_model import attention, bucket, pad_rows, uses_flex, visibility, visible_mask
 
 try:
@@ -1094,6 +1103,7 @@ class LiveEngine(Engine):
 ARGUMENTS = (
     ("question",         str,   None,         "the question, as the problems of stage 0 write it"),
     ("--init",           str,   "out/stage3", "checkpoint folder or hub name, of stage 2 or 3"),
+    ("--prompt-file",    str,   "",           "text that asks for the format; by default the checkpoint's own"),
     ("--temperature",    float, 0.0,          "0 is greedy"),
     ("--max-new-tokens", int,   1024,         "budget, all branches together"),
     ("--seed",           int,   0,            "of the sampling"),
@@ -1110,7 +1120,10 @@ def main():
     # On a terminal the branches grow before the reader's eyes; into a file goes the end alone.
     live = sys.stdout.isatty()
     engine = (LiveEngine if live else Engine)(model, tokenizer)
-    prompt = prompt_ids(tokenizer, args.question, FORMAT_PROMPT)
+
+    # A checkpoint from elsewhere has never seen the prompt of the made problems.
+    system = read_prompt(args.prompt_file, not made_with(args.init), args.init)
+    prompt = prompt_ids(tokenizer, args.question, system)
     [[rollout]] = engine.generate(
         [prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed
     )

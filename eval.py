@@ -31,6 +31,7 @@ from stage0_model import (
     PLAIN_PROMPT,
     REAL_PLAIN_PROMPT,
     last_boxed,
+    made_with,
     prompt_ids,
     read_problems,
     read_prompt,
@@ -178,31 +179,34 @@ def modes_of(spec):
 
     'out/stage2=format' chooses by hand.  Raises UserError for a mode that does not exist.
     """
-    path, _, mode = spec.partition("=")
+    # A path may hold = itself, as runs/lr=1e-4/stage0: a mode has no slash, and a folder no mode.
+    path, _, mode = spec.rpartition("=")
+    if not path or "/" in mode or Path(spec).is_dir():
+        path, mode = spec, ""
     if mode not in ("", "plain", "format", "parallel"):
         raise UserError(f"{spec}: unknown mode {mode!r}, expected one of plain, format, parallel")
-    made_with = next((json.loads(file.read_text()) for file in Path(path).glob("args.json")), {})
+    made = made_with(path)
     vocabulary = next((file.read_text() for file in Path(path).glob("tokenizer.json")), "")
 
     # Tags that are tokens, unless it is a twin: parallel.  Trained on top of something: not a base.
-    modes = ["format"] if "init" in made_with else ["plain", "format"]
-    if json.dumps(TAGS[0]) in vocabulary and not made_with.get("sequential"):
+    modes = ["format"] if "init" in made else ["plain", "format"]
+    if json.dumps(TAGS[0]) in vocabulary and not made.get("sequential"):
         modes = ["parallel"]
     return [(path, mode) for mode in ([mode] if mode else modes)]
 
 
-def system_prompt(mode, args):
-    """What precedes the question in a mode: asked plainly, or for the format."""
+def system_prompt(engine, mode, args):
+    """What precedes the question in a mode: asked plainly, or for the format as in training."""
     if mode == "plain":
         return REAL_PLAIN_PROMPT if args.bench else PLAIN_PROMPT
-    return read_prompt(args.prompt_file, args.bench)
+    return read_prompt(args.prompt_file, args.bench, engine.tokenizer.name_or_path)
 
 
 def decode(engine, problems, mode, args, k=1, temperature=1.0, progress=True):
     """k rollouts of every problem in a mode: a list of lists of Rollout.  Each rank decodes its
     share of the problems; all get all.
     """
-    system = system_prompt(mode, args)
+    system = system_prompt(engine, mode, args)
     prompts = [prompt_ids(engine.tokenizer, p.question, system) for p in my_share(problems)]
     # Shares are stretches of the list, so the rollouts of all ranks in turn are in its order.
     return from_all_ranks(
@@ -239,7 +243,7 @@ def agreement(engine, problems, mode, args, rollouts, most=200):
     """Largest difference between the engine's log-probabilities and those of a training forward,
     over the sampled tokens of `most` rollouts.
     """
-    system = system_prompt(mode, args)
+    system = system_prompt(engine, mode, args)
     pairs = [(p, r) for p, rs in zip(problems, rollouts) for r in rs][:most]
     examples = [Example(prompt_ids(engine.tokenizer, p.question, system), r.ids, r.layout) for p, r in pairs]
     worst = 0.0
@@ -430,7 +434,7 @@ ARGUMENTS = (
     ("--bench",          BENCHES,      [],        "judge on these real benchmarks instead of made problems", {"nargs": "+"}),
     ("--bench-dir",      str,          "",        "folder with their files; a benchmark without a file there comes from the hub"),
     ("--first",          int,          0,         "only so many problems of each benchmark, 0 for all"),
-    ("--prompt-file",    str,          "",        "text that asks for the format (with --bench: assets/format_prompt.txt)"),
+    ("--prompt-file",    str,          "",        "text that asks for the format; by default the checkpoint's own, or with --bench assets/format_prompt.txt"),
     ("--dtype",          DTYPES,       "auto",    "of the weights; auto: what config.json says"),
     ("--timed",          int,          12,        "problems decoded alone (batch 1), every checkpoint in turn, for time to answer"),
     ("--seed",           int,          1234,      "of the problems and the sampling"),
@@ -502,7 +506,7 @@ def bench_rows(engine, path, mode, name, problems, args):
         # Files of another size or date: it was trained anew.
         "weights": sorted((f.name, f.stat().st_size, int(f.stat().st_mtime)) for f in files),
         "problems": len(problems),
-        "prompt": system_prompt(mode, args),
+        "prompt": system_prompt(engine, mode, args),
     }
 
     # Problems are written in order, k rows each.  The last line is empty, or was cut off by a kill;
@@ -546,7 +550,7 @@ def run_benches(args, device):
     for spec in args.checkpoints:
         path, mode = modes_of(spec)[-1]  # the format, where a base could be asked either way
         engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
-        if "=" not in spec and not Path(path).is_dir() and TAGS[0] in engine.tokenizer.get_vocab():
+        if path == spec and not Path(path).is_dir() and TAGS[0] in engine.tokenizer.get_vocab():
             mode = "parallel"  # a checkpoint of the hub that has the tags
         # What parallel decoding has to beat is the same weights decoding sequentially.
         contestants = [(engine, mode), (engine, "format")] if mode == "parallel" else [(engine, mode)]

@@ -50,11 +50,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 # 1. The model: Qwen3, bottom-up
 # ==================================================================================================
 
+# Three families are this one model but for two switches.  model_type: (class in transformers, norm
+# of queries and keys, biases on q, k and v)
+FAMILIES = {
+    "qwen3": ("Qwen3ForCausalLM", True, False),
+    "qwen2": ("Qwen2ForCausalLM", False, True),  # Qwen2.5 too
+    "llama": ("LlamaForCausalLM", False, False),  # without rope scaling: SmolLM2
+}
+
 
 @dataclass
 class Qwen3Config:
     """Fields as in a Qwen3 config.json; the defaults are the tiny base (0.84M parameters)."""
 
+    model_type: str = "qwen3"  # of FAMILIES
     vocab_size: int = 400  # V
     hidden_size: int = 128  # C
     intermediate_size: int = 384
@@ -178,7 +187,7 @@ def attention(q, k, v, mask):
 
 
 class Attention(nn.Module):
-    """The two ends of grouped-query attention with QK-norm.
+    """The two ends of grouped-query attention, in Qwen3 with QK-norm.
 
     What is between them, and what a token may see, is decided outside.
     """
@@ -188,24 +197,28 @@ class Attention(nn.Module):
         self.head_dim = D = config.head_dim
         q_width = config.num_attention_heads * D  # not always C
         kv_width = config.num_key_value_heads * D
-        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        _, qk_norm, qkv_bias = FAMILIES[config.model_type]
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=qkv_bias)
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
 
         # each norm has one weight for all its heads
-        self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.q_norm = nn.RMSNorm(D, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(D, config.rms_norm_eps) if qk_norm else None
 
     def queries_keys_values(self, x, cos, sin):
         """x (B, T, C) -> (B, T, H, D), (B, T, H_kv, D), (B, T, H_kv, D)."""
         D = self.head_dim
-        heads = (*x.shape[:2], -1, D)
+        q, k, v = (
+            project(x).view(*x.shape[:2], -1, D) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
 
         # The weight is applied outside of rms_norm: autocast gives bf16 queries, an fp32 weight.
-        q = F.rms_norm(self.q_proj(x).view(heads), (D,), eps=self.q_norm.eps) * self.q_norm.weight
-        k = F.rms_norm(self.k_proj(x).view(heads), (D,), eps=self.k_norm.eps) * self.k_norm.weight
-        return rotate(q, cos, sin), rotate(k, cos, sin), self.v_proj(x).view(heads)
+        if self.q_norm is not None:
+            q = F.rms_norm(q, (D,), eps=self.q_norm.eps) * self.q_norm.weight
+            k = F.rms_norm(k, (D,), eps=self.k_norm.eps) * self.k_norm.weight
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -258,7 +271,9 @@ def compiled_layer(layer, x, cos, sin, attend):
 
 
 class Qwen3(nn.Module):
-    """Qwen3 with Hugging Face's parameter names, so that checkpoints need no translation."""
+    """Qwen3, or another of FAMILIES, with Hugging Face's parameter names: checkpoints need no
+    translation.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -376,17 +391,30 @@ def train_tokenizer(texts, vocab_size=400):
 def prompt_ids(tokenizer, question, system_prompt):
     """Token ids of the chat prompt up to where the assistant begins to speak.
 
-    A system prompt with {question} in it is the whole user turn.
+    A system prompt with {question} in it is the whole user turn, and where the chat template knows
+    no system turn it is the beginning of the user's.  Raises UserError when the template fails.
     """
-    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+    turns = [[{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]]
+    whole = f"{system_prompt}\n\n{question}"
     if "{question}" in system_prompt:
-        messages = [{"role": "user", "content": system_prompt.replace("{question}", question)}]
+        turns = []
+        whole = system_prompt.replace("{question}", question)
+    turns.append([{"role": "user", "content": whole}])
 
-    # enable_thinking=False asks Qwen3's own template for its non-thinking mode; others ignore it
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    return tokenizer.encode(text, add_special_tokens=False)
+    # a template raises on what it does not know, or drops it without a word
+    for messages in turns:
+        try:
+            # enable_thinking=False asks Qwen3's own template for its non-thinking mode; others
+            # ignore it
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except Exception as error:
+            why = error
+        else:
+            if messages is turns[-1] or system_prompt.strip() in text:
+                return tokenizer.encode(text, add_special_tokens=False)
+    raise UserError(f"{tokenizer.name_or_path}: the chat template fails ({why}); mend chat_template.jinja")
 
 
 def response_text(tokenizer, ids):
@@ -451,15 +479,21 @@ class Problem:
 
 
 def last_boxed(text):
-    r"""Content of the last complete `\boxed{..}` in text, or None: 'x \boxed{a{b}} y' -> 'a{b}'."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for i in range(start + 6, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start + 7 : i]
+    r"""Content of the last complete box in text, or None: 'x \boxed{a{b}} y' -> 'a{b}'.
+
+    As TeX has it: `\boxed {5}`, `\boxed 5`, `\fbox{5}`, and braces that are escaped do not count.
+    """
+    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text))):
+        if not text.startswith("{", box.end()):
+            bare = re.match(r"[^\s$]+?(?=[.,;:]?(?:[\s$]|$))", text[box.end() :])
+            if bare:
+                return bare[0]
+            continue
+        depth = 0
+        for mark in re.finditer(r"\\.|[{}]", text[box.end() :], re.S):
+            depth += {"{": 1, "}": -1}.get(mark[0], 0)
+            if depth == 0 and mark[0] == "}":
+                return text[box.end() + 1 : box.end() + mark.start()]
     return None
 
 
@@ -1023,6 +1057,14 @@ def checkpoint_folder(name):
         )
 
 
+def read_json(file):
+    """The object in a JSON file of a checkpoint; UserError when it holds none."""
+    try:
+        return dict(json.loads(file.read_text()).items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not a readable JSON object ({error}); copy or download it again")
+
+
 def read_config(path):
     """(Qwen3Config, name of the weights' dtype or None) of a checkpoint folder's config.json."""
     file = path / "config.json"
@@ -1030,31 +1072,37 @@ def read_config(path):
         raise UserError(
             f"{file} is missing: expected a Hugging Face checkpoint; run the stage that writes it"
         )
-    raw = json.loads(file.read_text())
-    if raw.get("model_type") != "qwen3":
-        raise UserError(f"{file}: model_type is {raw.get('model_type')!r}, this project reads 'qwen3' only")
+    raw = read_json(file)
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{file}: model_type is {family!r}, this project reads {', '.join(FAMILIES)}")
 
     # what would change the numbers and is not implemented is refused by name
     rope = raw.get("rope_parameters") or {}
-    switches = ("quantization_config", "rope_scaling", "use_sliding_window", "attention_bias")
+    switches = ["quantization_config", "rope_scaling", "use_sliding_window", "mlp_bias"]
+    switches += ["attention_bias"] if family != "qwen2" else []  # there it has no say
     refused = [key for key in switches if raw.get(key)]
     choices = [
         *(("layer_types", kind, "full_attention") for kind in sorted(raw.get("layer_types") or ())),
         ("rope_type", rope.get("rope_type", "default"), "default"),
         ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
+        ("partial_rotary_factor", (raw | rope).get("partial_rotary_factor") or 1.0, 1.0),
     ]
     refused += [f"{key} {value!r}" for key, value, supported in choices if value != supported]
     if refused:
         raise UserError(f"{file}: {refused[0]} is not supported; use a checkpoint without it")
 
-    # rope_theta has no safe default: 1e4, 1e6, 5e6 are all in use, and a wrong one fails silently
+    # rope_theta has no safe default: 1e4, 1e6, 5e6 are all in use, and a wrong one fails silently;
+    # the size of a head has one, outside of Qwen3
     raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
+    if family != "qwen3" and raw.get("head_dim") is None and raw.get("num_attention_heads"):
+        raw["head_dim"] = raw.get("hidden_size", 0) // raw["num_attention_heads"]
     known = set(Qwen3Config.__dataclass_fields__)
-    optional = {"initializer_range", "tie_word_embeddings"}
+    optional = {"initializer_range", "tie_word_embeddings", "eos_token_id"}
     missing = [key for key in sorted(known - optional) if raw.get(key) is None]
     if missing:
         raise UserError(f"{file}: {', '.join(missing)} missing; expected the fields of a Qwen3 config")
-    raw.setdefault("tie_word_embeddings", False)
+    raw = {"tie_word_embeddings": False, "eos_token_id": None} | raw
     config = Qwen3Config(**{key: raw[key] for key in known & raw.keys()})
 
     # the dtype was called `torch_dtype` before transformers 5
@@ -1065,12 +1113,13 @@ def read_weights(path):
     """{name: tensor} of all the .safetensors shards of a checkpoint folder."""
     index = path / "model.safetensors.index.json"
 
-    # a model of several shards has an index that names the file of each tensor
-    names = (
-        set(json.loads(index.read_text())["weight_map"].values())
-        if index.is_file()
-        else {"model.safetensors"}
-    )
+    # a model of several shards has an index that names the file of each tensor, in this folder
+    names = {"model.safetensors"}
+    if index.is_file():
+        placed = read_json(index).get("weight_map")
+        names = set(map(str, placed.values())) if isinstance(placed, dict) else set()
+        if not names or any(Path(name).name != name for name in names):
+            raise UserError(f"{index}: weight_map must name files beside it; copy or download it again")
 
     # every file of the index must be there, or the download is not finished
     weights = {}
@@ -1081,11 +1130,16 @@ def read_weights(path):
                 "finish the stage that writes it, or the download"
             )
 
-        # a file that was cut off says so itself
+        # a file that was cut off says so itself; a quantised one, or one of a run that diverged, not
         try:
             weights |= load_file(file)
         except SafetensorError as error:
             raise UserError(f"{file}: not a readable safetensors file ({error}); write it again")
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{path}: {name} is {weight.dtype}; expected fp32, bf16 or fp16 weights")
+        if not weight.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
     return weights
 
 
@@ -1096,7 +1150,11 @@ def read_tokenizer(path, config):
     name only <|endoftext|>, though their chat template closes a turn with <|im_end|>, the one that
     is learned here.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"{path}: no readable tokenizer ({why}); copy tokenizer.json and its config there")
     if not tokenizer.chat_template:
         raise UserError(
             f"{path}: the tokenizer has no chat template; "
@@ -1106,13 +1164,15 @@ def read_tokenizer(path, config):
     # this project's turns end as the chat template has them
     if "<|im_end|>" in tokenizer.get_vocab():
         tokenizer.eos_token = "<|im_end|>"
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path / 'tokenizer_config.json'}: eos_token missing; name what ends a turn there")
 
     # each names one token, several, or none
     generation = path / "generation_config.json"
-    more = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    more = read_json(generation).get("eos_token_id") if generation.is_file() else None
     ends = {tokenizer.eos_token_id}
-    for named in (config.eos_token_id, [] if more is None else more):
-        ends.update(named if isinstance(named, list) else [named])
+    for named in (config.eos_token_id, more):
+        ends.update(named if isinstance(named, list) else {named} - {None})
 
     # one id stays a number, as in the files
     config.eos_token_id = sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id
@@ -1124,14 +1184,20 @@ def load(path_or_hub_name, device=None, dtype=None):
 
     dtype: torch dtype of the weights, cast where the file has another; None: what config.json says,
     bf16 or else fp32.
-    Raises UserError when the checkpoint is missing, is not a plain Qwen3, or lacks a field that has
-    no safe default.
+    Raises UserError when the checkpoint is missing or broken, is not of FAMILIES, or lacks a field
+    that has no safe default.
     """
     path = checkpoint_folder(path_or_hub_name)
     config, stored_dtype = read_config(path)
     weights = read_weights(path)
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # some exports carry a duplicate
+
+    # some exports carry a duplicate; but where it differs the file is right, and the flag is wrong
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        config.tie_word_embeddings = torch.equal(
+            weights["lm_head.weight"], weights.get("model.embed_tokens.weight", torch.empty(0))
+        )
+        if config.tie_word_embeddings:
+            del weights["lm_head.weight"]
 
     # on the meta device a model costs no memory until it is given the weights that were read
     with torch.device("meta"):
@@ -1142,7 +1208,7 @@ def load(path_or_hub_name, device=None, dtype=None):
     if wrong:
         raise UserError(
             f"{path}: weights do not fit config.json at {wrong[0]} (and {len(wrong) - 1} more); "
-            "expected a Qwen3 checkpoint"
+            f"expected a {config.model_type} checkpoint"
         )
 
     # assign: the tensors that were read become the parameters, uncopied if the dtype is theirs
@@ -1155,18 +1221,21 @@ def load(path_or_hub_name, device=None, dtype=None):
 def save(model, tokenizer, path):
     """Write a Hugging Face checkpoint folder.
 
-    The weights go last and by rename, so a folder that has them is complete.
+    The weights go last and by rename, so a folder that has them is complete.  Those of another
+    checkpoint go first: beside an index, its shards are what would be loaded.
     """
     path = Path(path)
+    for stale in path.glob("model*.safetensors*"):
+        stale.unlink()
     tokenizer.save_pretrained(path)  # makes the folder
     ends = {"eos_token_id": model.config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     write_json(path / "generation_config.json", ends)
 
     # both spellings of theta: transformers 5 reads the nested one, vLLM and SGLang the flat one
+    architecture, _, qkv_bias = FAMILIES[model.config.model_type]
     config = asdict(model.config) | {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
+        "architectures": [architecture],
+        "attention_bias": qkv_bias,  # some engines read it of Qwen2 too
         "hidden_act": "silu",
         "use_cache": True,
         "pad_token_id": tokenizer.pad_token_id,
@@ -1195,10 +1264,15 @@ def write_json(path, value):
     write_atomic(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def made_with(path):
+    """The arguments of the run that made the checkpoint at path; {} where they are not known."""
+    file = Path(path) / "args.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def print_inherited(path):
     """One line on what the checkpoint at path was made with."""
-    file = Path(path) / "args.json"
-    made = json.loads(file.read_text()) if file.is_file() else {}
+    made = made_with(path)
     told = ", ".join(
         f"{key} {value}"
         for key, value in made.items()
@@ -1303,13 +1377,49 @@ def grid_problem(name, question, solution):
     return Problem("grid", asked, json.dumps(grid))
 
 
-def choice_problem(question, options, answer):
-    """Multiple choice; the answer is a letter, an option's index, or an option's text."""
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    listed = "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options))
-    letter_of = dict(zip(options, letters))
-    answer = letters[int(answer)] if answer.isdigit() else letter_of.get(answer, answer)
-    return Problem("choice", f"{question}\n{listed}\nAnswer with the letter.".strip(), answer)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def option_texts(options):
+    """Texts of the options of a multiple choice, whatever holds them.
+
+    ['x', 'y'], {'A': 'x', 'B': 'y'}, {'label': ['A', 'B'], 'text': ['x', 'y']}, [{'text': 'x'},
+    ..] and '(A) x (B) y' -> ['x', 'y']
+    """
+    if isinstance(options, str):
+        marked = re.split(r"(?:^|\s)\(?[A-Z][).:]\s*", options)
+        options = marked[1:] if len(marked) > 2 else options.strip().split("\n")
+    if isinstance(options, dict):
+        options = options.get("text") or list(options.values())
+    texts = [option.get("text") if isinstance(option, dict) else option for option in options]
+
+    # options may bring the letters that they are listed with
+    lettered = [re.fullmatch(rf"\(?{letter}[).:]\s*(.*)", str(t), re.S) for letter, t in zip(LETTERS, texts)]
+    return [str(t).strip() for t in ([match[1] for match in lettered] if all(lettered) else texts)]
+
+
+def choice_problem(place, question, options, answer):
+    """Multiple choice; the answer is an option's text, its letter ('(B)', 'b', 'B.') or index."""
+    labels = options.get("label", options) if isinstance(options, dict) else ()  # need not be letters
+    labels = [str(label) for label in labels]
+    options = option_texts(options)
+    listed = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
+    key = re.fullmatch(r"\(?([A-Z])[).:]?", str(answer).strip(), re.I)
+
+    # a text like any other may be a number: 2 of 1, 2, 3, 4; a number that is none is an index
+    if str(answer).strip() in labels:
+        index = labels.index(str(answer).strip())
+    elif isinstance(answer, str) and answer.strip() in options:
+        index = options.index(answer.strip())
+    elif key:
+        index = LETTERS.index(key[1].upper())
+    else:
+        index = float(answer) if re.fullmatch(r"\d+(\.0*)?", str(answer).strip()) else len(options)
+    if index >= len(options):
+        raise UserError(
+            f"{place}: the answer {answer!r} is none of the options; expected text, letter or index"
+        )
+    return Problem("choice", f"{question}\n{listed}\nAnswer with the letter.".strip(), LETTERS[int(index)])
 
 
 def read_problem(name, number, row, question_column, answer_column):
@@ -1328,19 +1438,24 @@ def read_problem(name, number, row, question_column, answer_column):
         if "rows" in answer:
             return grid_problem(name, question, answer)
         answer = answer.get("ground_truth", answer.get("value"))
+    options = row.get("options") or row.get("choices")
+    if options:
+        return choice_problem(f"{name}: row {number}", question, options, answer)
     answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
 
-    # or the box of a worked solution
-    if source == "solution" and last_boxed(answer) is None:
+    # or the box of a worked solution; of several, the last need not be the answer
+    boxes = {last_boxed(answer[: box.start()]) for box in re.finditer(r"(?=\\(?:boxed|fbox)\b)|$", answer)}
+    boxes -= {None}
+    if source == "solution" and len(boxes) != 1:
         raise UserError(
-            f"{name}: the solution of row {number} has no \\boxed{{answer}}; "
+            f"{name}: the solution of row {number} has {'several' if boxes else 'no'} \\boxed{{answer}}; "
             "name another with --answer-column"
         )
     answer = (last_boxed(answer) or answer).strip()
-    options = row.get("options") or row.get("choices")
-    if options:
-        return choice_problem(question, options, answer)
-    return Problem("choice" if re.fullmatch("[A-Z]", answer) else "math", question.strip(), answer)
+    letter = re.fullmatch(rf"(?:{FONT}\{{)?\(([A-Z])\)\}}?|([A-Z])", answer)
+    if letter:
+        return Problem("choice", question.strip(), letter[1] or letter[2])
+    return Problem("math", question.strip(), answer)
 
 
 def read_problems(name, question_column="", answer_column=""):
@@ -1359,26 +1474,125 @@ def read_problems(name, question_column="", answer_column=""):
     return problems
 
 
+# Spellings that math-verify cannot read, as ones that it can: (pattern, replacement), in this order.
+UNICODE = {"°": r"^\circ", "²": "^{2}", "³": "^{3}", "×": r"\times ", "·": r"\cdot ", "−": "-", "–": "-"}
+UNICODE |= {"≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup "}
+UNICODE |= {"∅": r"\emptyset ", "∈": r"\in ", "…": r"\ldots ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}"}
+FONT = r"\\(?:text(?:bf|it|rm|normal)?|math(?:bf|rm|sf|it)|mbox|operatorname)\s*"
+NO_UNIT = r"(?!(?:and|or|is|percent|pct|pi|inf|infinity|sqrt|sin|cos|tan|log|ln|exp)\b)"
+UNIT = NO_UNIT + r"(?:[A-Za-z]{2,}|[msghLJNWVKC])(?:\^\{?-?\d\}?)?"
+SPELLINGS = (
+    (r"√\s*(\d+|\w|\([^()]*\))", r"\\sqrt{\1}"),
+    *((character, latex.replace("\\", r"\\")) for character, latex in UNICODE.items()),
+    (r"\\(?:left|right)(?![a-z])\.?|\\!\s*|\\?\$|\\displaystyle|\\q?quad", ""),
+    (rf"^{FONT}\{{\s*(-?[\d.][^{{}}]*)\}}$", r"\1"),  # \text{5 cm}
+    (r"\\[cl]?dots[a-z]?|\.\.\.+", r"\\ldots"),
+    (r"\\varnothing", r"\\emptyset"),
+    (r"(?<=\d)(?:\\[,;: ]|~|\{,\}| )\s*(?=\d{3}(?!\d))", ""),  # 10\,000
+    (r"(?<=\d)\.(?!\d)", ""),  # 5. and -1./3
+    (r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),
+    (r"\b(?:np|math)\.(?=[a-z])", r"\\"),
+    *(
+        (rf"(?<=[\d}}])\s*(?:{FONT}\{{\s*)?{word}\b.*", rf" \\times 10^{{{zeros}}}")
+        for word, zeros in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+    ),
+    (rf"(?<=[^_^\s{{])\s*(?:\\[ ,;]|~)?{FONT}\{{[^{{}}]*\}}(?:\^\{{?\d\}}?)?$", ""),  # 5\text{ cm}^2
+    (rf"^(-?[\d.,]+(?: \\times 10\^\{{-?\d+\}})?)\s+{UNIT}(?:[ /]{UNIT})*$", r"\1"),  # 5 m/s
+    (rf"(?<=\d)_\{{?(?:{FONT}\{{)?(\d+)\}}*$", r"_\1"),  # the base of a number
+    (r"(?<![A-Za-z\\])E(?=_)", r"\\Xi"),  # E_1; a bare E would be Euler's number
+    (r"(?<=\d)i\b", " i"),  # of a complex number
+    (r"^\s*[a-zA-Z]\s*\\in(?![a-z])", ""),  # x \in [0, 1]
+)
+
+# What is one answer letter by letter: 21_8, 1, 2, \ldots, BCAD, \text{east}.
+LITERAL = re.compile(rf"\d+_\d+|.*\\ldots.*|[A-Z]{{2,}}|{FONT}\{{.*\}}", re.S)
+ASSIGNMENT = re.compile(r"\s*(\\?[A-Za-z]+(?:_\{[^{}]*\}|_\w|\([a-z]\))?)\s*=([^=,;]*)")
+EQUALS = re.compile(r"(?<![<>!])=")
+
+
+def as_latex(text):
+    r"""An answer as math-verify reads it: '4.5e33 kg' -> '4.5 \times 10^{33}', '√2' -> '\sqrt{2}'."""
+    for pattern, replacement in SPELLINGS:
+        text = re.sub(pattern, replacement, text)
+    return text.strip()
+
+
+def as_word(text):
+    r"""An answer that is not calculated with: 'BCAD' and '\text{bcad}' -> 'bcad'."""
+    bare = re.sub(rf"^{FONT}\{{(.*)\}}$", r"\1", text).replace(" ", "")
+    return bare.casefold() if bare.isalpha() and len(bare) > 1 else bare
+
+
+@functools.lru_cache(4096)
+def read_math(text):
+    """What math-verify parses in LaTeX: [] or [expression, text].  It gives up after 5 s."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse  # optional: only real mathematics needs it
+
+    # units are cut off above: it would take the t of `\frac{1}{m} t` for tons.  And where it cannot
+    # read a whole, it is not to look for parts
+    normal = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="all")
+    how = [LatexExtractionConfig(normalization_config=normal)]
+    return parse(f"\\boxed{{{text}}}", how, extraction_mode="first_match", parsing_timeout=5)
+
+
+def same_number(gold, given):
+    """Are two numbers of SymPy equal: exactly, or where there is a decimal, to six digits?"""
+    from sympy import Float, N, Rational
+
+    # 1 / 2^99 is not 0, and 4.5e33 is a whole number
+    decimals = gold.atoms(Float) | given.atoms(Float)
+    gold, given = (x.xreplace({d: Rational(str(d)) for d in decimals}) for x in (gold, given))
+    size = abs(N(gold, 30))
+    gap = abs(N(gold - given, 30))
+    return bool(gap <= (2e-6 * min(1, size) if decimals else 1e-20 * size))
+
+
 def same_math(boxed, answer):
     r"""Are two answers mathematically the same?
 
-    math-verify parses both (it never evaluates text) and gives up after 5 s each.
+    math-verify parses and compares both (it never evaluates text) and gives up after 5 s each.
+    tests/answer_pairs.tsv lists what is the same, what is not, and what it cannot tell.
 
     '0.5', '\frac{1}{2}' -> True      '(0, 1]', '[0, 1]' -> False
     """
-    from math_verify import parse, verify  # optional: only real mathematics needs it
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
 
-    if boxed.strip() == answer:
-        return True
     if len(boxed) > 1000:
         return False
-    gold, given = (parse(f"\\boxed{{{x}}}", parsing_timeout=5) for x in (answer, boxed))
-    return verify(gold, given, timeout_seconds=5)
+    gold, given = as_latex(answer), as_latex(boxed)
+    if as_word(gold) == as_word(given):
+        return bool(given)
+    if LITERAL.fullmatch(gold) or LITERAL.fullmatch(given):
+        return False
+
+    # k = 5 is as good as 5; but the equation of a line is not what stands on its right
+    if bool(EQUALS.search(gold)) != bool(EQUALS.search(given)) and "," not in gold + given:
+        assigned = ASSIGNMENT.fullmatch(gold) or ASSIGNMENT.fullmatch(given)
+        if not assigned or (assigned[1] == "y" and "x" in assigned[2]):
+            return False
+        gold, given = (text.rpartition("=")[2] for text in (gold, given))
+
+    # numbers are compared here, because math-verify rounds to six places behind the point
+    parsed = [read_math(gold), read_math(given)]
+    values = [value[0] for value in parsed if value and getattr(value[0], "is_number", False)]
+    if len(values) == 2 and "%" not in gold + given:
+        try:
+            return timeout(5)(same_number)(*values)
+        except (TimeoutException, TypeError, ValueError, OverflowError):
+            return False
+    return verify(*parsed, timeout_seconds=5, allow_set_relation_comp=True)
 
 
 def same_choice(boxed, answer):
-    """The letter itself, whatever it is wrapped in: '(B)', '\\text{B}.', 'b' -> B."""
-    return re.sub(r"\\(?:text\w*|mathrm|mathbf)|[^A-Za-z]", "", boxed).upper() == answer
+    r"""The letter itself, whatever stands around it: '(B)', '\text{B}.', 'b', 'B: 2 apples' -> B."""
+    text = re.sub(r"\\(?:[a-zA-Z]+|.)|[${}*]", " ", boxed)
+    letter = r"(?:option|choice|answer)?[\s:]*(?:\(\s*([a-z])\s*\)|([a-z])\s*(?:[).:]|$))(.*)"
+    match = re.fullmatch(letter, text.strip(), re.I | re.S)
+    another = match and re.match(r"\s*(?:or|and|,)\s*\(?[a-z]\b", match[3], re.I)
+    return bool(match) and not another and (match[1] or match[2]).upper() == answer
 
 
 def same_grid(boxed, answer):
@@ -1411,18 +1625,25 @@ def draw_problems(data, kind, n, seed):
     return random.Random(seed).sample(data, min(n, len(data)))
 
 
-def read_prompt(prompt_file, data):
+def read_prompt(prompt_file, data, path=None):
     """What asks for the format: the text of prompt_file.
 
-    By default FORMAT_PROMPT, which the tiny base was brought up on, or with real data the
-    instructions in assets/format_prompt.txt.  A text with {question} in it is the whole user turn,
-    any other the system prompt.  Raises UserError when there is no such file.
+    By default what the checkpoint at `path` was trained to answer (`prompt_file` in its args.json);
+    else FORMAT_PROMPT, which the tiny base was brought up on, or with real data the instructions in
+    assets/format_prompt.txt.  A text with {question} in it is the whole user turn, any other the
+    system prompt.  Raises UserError when there is no such file.
     """
+    source = "--prompt-file"
+    if path and not prompt_file:
+        prompt_file = made_with(path).get("prompt_file")
+        source = f"{path}/args.json: prompt_file"
     if not prompt_file and not data:
         return FORMAT_PROMPT
     file = Path(prompt_file or REAL_FORMAT_PROMPT_FILE)
     if not file.is_file():
-        raise UserError(f"--prompt-file {file}: no such file; expected a text like {REAL_FORMAT_PROMPT_FILE}")
+        raise UserError(
+            f"{source} {file}: no such file; give --prompt-file a text like {REAL_FORMAT_PROMPT_FILE}"
+        )
     return file.read_text().strip()
 
 

@@ -203,19 +203,20 @@ def encode_response(tokenizer, text, sequential):
     # An instruction-tuned model gives every tag a line of its own, but the engine will write the
     # canonical form: white space between tags, and before a step's number, goes.
     text = re.sub(rf"({ANY_TAG.pattern})\s+(?={ANY_TAG.pattern})|(<step>)\s+(?=\d)", r"\1\2", text)
-    ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
     if sequential:
+        ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
         return ids, None, [False] * len(ids)
 
-    # A step's number is its branch, and may be several tokens long.
+    # In the engine's own pieces: what opens a step is forced, what follows is sampled.  Encoded as
+    # one, real vocabularies would merge the colon with what it stands before (`:$`, `:text`).
     tag_ids = tag_token_ids(tokenizer)
-    response_layout = layout(ids, tag_ids)
-    forced = [token == tag_ids["<takeaway>"] for token in ids]
-    for i, token in enumerate(ids):
-        if token == tag_ids["<step>"]:
-            number = tokenizer.encode(f"{response_layout.branch[i]}:", add_special_tokens=False)
-            forced[i : i + 1 + len(number)] = [True] * (1 + len(number))
-    return ids, response_layout, forced
+    ids = []
+    forced = []
+    for piece in re.split(r"(<step>\d+:|<takeaway>)", text):
+        piece_ids = tokenizer.encode(piece, add_special_tokens=False)
+        ids += piece_ids
+        forced += [piece.startswith(("<step>", "<takeaway>"))] * len(piece_ids)
+    return [*ids, tokenizer.eos_token_id], layout([*ids, tokenizer.eos_token_id], tag_ids), [*forced, False]
 
 
 # ==================================================================================================

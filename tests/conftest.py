@@ -133,6 +133,21 @@ class ScriptedEngine(Engine):
         return tokens, logprobs
 
 
+def replayed(model, tokenizer, ids, laid, forced, prompt=(40, 41, 42)):
+    """The rollout of an engine that samples, branch by branch, the tokens of a response that are not forced."""
+    script = {}
+    for id, block, branch, written in zip(ids, laid.block.tolist(), laid.branch.tolist(), forced):
+        if not written:
+            script.setdefault((block, branch), []).append(id)
+
+    class Replaying(ScriptedEngine):
+        def script_of(self, request):
+            return script
+
+    [[rollout]] = Replaying(model, tokenizer).generate([list(prompt)], max_new_tokens=len(ids) + 1)
+    return rollout
+
+
 def random_prompts(rng, n, low=3, high=20):
     return [[rng.randrange(40, 250) for _ in range(rng.randint(low, high))] for _ in range(n)]
 

@@ -1,12 +1,13 @@
-"""The model and its checkpoints against transformers' Qwen3; the errors of a wrong checkpoint."""
+"""The model and its checkpoints against transformers' Qwen3, Qwen2 and Llama; the errors of a wrong one."""
 
 import json
+import random
 
 import pytest
 import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 from transformers import Qwen3Config as HFConfig
 from transformers import Qwen3ForCausalLM
 
@@ -74,6 +75,104 @@ def test_load_reads_a_checkpoint_that_transformers_wrote(tmp_path, plain_tokeniz
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
 
+CLASSES = {"qwen3": HFConfig, "qwen2": Qwen2Config, "llama": LlamaConfig}
+
+
+def foreign(family, seed, tied):
+    """A random configuration of a family and transformers' own model of it, weights that matter."""
+    rng = random.Random(f"{family}{seed}")
+    kv = rng.choice([1, 2, 3])
+    heads = kv * rng.choice([1, 2, 4])
+    D = rng.choice([8, 16, 24])
+    config = dict(
+        vocab_size=rng.randint(390, 450),
+        hidden_size=heads * (D if family == "qwen2" else 8),
+        intermediate_size=rng.choice([48, 100]),
+        num_hidden_layers=rng.randint(1, 4),
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        rms_norm_eps=rng.choice([1e-5, 1e-6]),
+        rope_parameters={"rope_type": "default", "rope_theta": rng.choice([1e4, 1e5, 1e6])},
+        tie_word_embeddings=tied,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    if family != "qwen2":  # its heads are always hidden_size / heads wide
+        config["head_dim"] = D
+    torch.manual_seed(seed)
+    theirs = AutoModelForCausalLM.from_config(CLASSES[family](**config), dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.dim() == 1:  # norms and biases
+                p.add_(0.3 * torch.randn_like(p))
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", CLASSES)
+def test_logits_of_three_families_equal_transformers_before_and_after_a_step_and_saving(
+    tmp_path, plain_tokenizer, family, seed, tied
+):
+    theirs = foreign(family, seed, tied)
+    theirs.save_pretrained(tmp_path / "theirs")
+    plain_tokenizer.save_pretrained(tmp_path / "theirs")
+    ours, tokenizer = stage0.load(tmp_path / "theirs")
+    ids = torch.randint(0, 390, (2, 60))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+    # trained: the gradient of every parameter is transformers' too
+    ours(ids).square().mean().backward()
+    theirs(ids).logits.square().mean().backward()
+    mine = dict(ours.named_parameters())
+    assert mine.keys() == dict(theirs.named_parameters()).keys()
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(mine[name].grad, p.grad, atol=1e-4, rtol=1e-3)
+    stage0.update(ours, stage0.make_optimizers(ours, 1e-2))
+
+    # saved under its own name: what AutoModel finds is the same class, and gives the new logits
+    stage0.save(ours, tokenizer, tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert type(saved) is type(theirs) and saved.config.tie_word_embeddings is tied
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), saved(ids).logits, atol=1e-4, rtol=0)
+        assert (saved(ids).logits - theirs(ids).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_engine_decodes_each_family_greedily_as_transformers_does(tmp_path, plain_tokenizer, family):
+    from engine import Engine
+
+    theirs = foreign(family, 7, True)
+    theirs.save_pretrained(tmp_path)
+    plain_tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = stage0.load(tmp_path)
+    prompt = list(range(40, 60))
+    greedy = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0)
+    [[mine]] = Engine(model, tokenizer).generate([prompt], parallel=False, max_new_tokens=24, temperature=0.0)
+    assert mine.ids == greedy[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_head_is_hidden_size_over_heads_wide_where_config_json_does_not_say(
+    tmp_path, plain_tokenizer, family
+):
+    theirs = foreign(family, 3, False)
+    width = theirs.config.hidden_size // theirs.config.num_attention_heads
+    theirs.save_pretrained(tmp_path)
+    plain_tokenizer.save_pretrained(tmp_path)
+    spoil(tmp_path, head_dim=None)
+    if getattr(theirs.config, "head_dim", None) in (None, width):
+        assert stage0.load(tmp_path)[0].config.head_dim == width
+    else:
+        with pytest.raises(stage0.UserError, match="do not fit config.json"):
+            stage0.load(tmp_path)
+
+
 def test_layout_makes_branches_blind_to_each_other_and_position_shifts_show(tokenizer, tag_ids, model):
     """The masked forward equals separate causal forwards: trunk + branch b alone gives branch b's logits."""
     from engine import layout
@@ -116,7 +215,10 @@ def spoil(path, **changes):
     "damage, message",
     [
         (lambda p: (p / "config.json").unlink(), "config.json is missing"),
-        (lambda p: spoil(p, model_type="llama"), "model_type is 'llama'"),
+        (
+            lambda p: spoil(p, model_type="mistral"),
+            "model_type is 'mistral', this project reads qwen3, qwen2, llama",
+        ),
         (lambda p: spoil(p, rope_parameters=None, rope_theta=None), "rope_theta missing"),
         (lambda p: spoil(p, rope_scaling={"type": "yarn"}), "rope_scaling is not supported"),
         (lambda p: spoil(p, quantization_config={"bits": 4}), "quantization_config is not supported"),
