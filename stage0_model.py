@@ -1536,16 +1536,20 @@ def read_math(text):
     return parse(f"\\boxed{{{text}}}", how, extraction_mode="first_match", parsing_timeout=5)
 
 
-def same_number(gold, given):
-    """Are two numbers of SymPy equal: exactly, or where there is a decimal, to six digits?"""
-    from sympy import Float, N, Rational
+def same_value(gold, given):
+    """Are two expressions of SymPy equal, their letters being 5, 7, 11, ..?  Exactly, or where
+    there is a decimal, to six digits.  Raises TypeError where they have no value.
+    """
+    from sympy import Float, N, Rational, prime
 
     # 1 / 2^99 is not 0, and 4.5e33 is a whole number
+    letters = sorted(gold.free_symbols | given.free_symbols, key=str)
+    point = {letter: prime(i) for i, letter in enumerate(letters, 3)}
     decimals = gold.atoms(Float) | given.atoms(Float)
-    gold, given = (x.xreplace({d: Rational(str(d)) for d in decimals}) for x in (gold, given))
+    point |= {decimal: Rational(str(decimal)) for decimal in decimals}
+    gold, given = (x.xreplace(point) for x in (gold, given))
     size = abs(N(gold, 30))
-    gap = abs(N(gold - given, 30))
-    return bool(gap <= (2e-6 * min(1, size) if decimals else 1e-20 * size))
+    return bool(abs(N(gold - given, 30)) <= (2e-6 * min(1, size) if decimals else 1e-20 * size))
 
 
 def same_math(boxed, answer):
@@ -1559,6 +1563,7 @@ def same_math(boxed, answer):
     from math_verify import verify
     from math_verify.errors import TimeoutException
     from math_verify.utils import timeout
+    from sympy import Expr
 
     if len(boxed) > 1000:
         return False
@@ -1575,14 +1580,24 @@ def same_math(boxed, answer):
             return False
         gold, given = (text.rpartition("=")[2] for text in (gold, given))
 
-    # numbers are compared here, because math-verify rounds to six places behind the point
+    # a point is no set, but what is asked for in order may be given without its brackets
+    pairs = ["," in text and text[:1] + text[-1:] == "()" for text in (gold, given)]
+    if "," in gold and "," in given and any(pairs):
+        gold, given = (text if pair else f"({text})" for text, pair in zip((gold, given), pairs))
+
+    # Numbers are compared here, because math-verify rounds to six places behind the point; and what
+    # differs at one point is not the same, which saves the work of simplifying it.
     parsed = [read_math(gold), read_math(given)]
-    values = [value[0] for value in parsed if value and getattr(value[0], "is_number", False)]
+    values = [value[0] for value in parsed if value and isinstance(value[0], Expr)]
     if len(values) == 2 and "%" not in gold + given:
         try:
-            return timeout(5)(same_number)(*values)
-        except (TimeoutException, TypeError, ValueError, OverflowError):
+            same = timeout(5)(same_value)(*values)
+            if not same or all(value.is_number for value in values):
+                return same
+        except TimeoutException:
             return False
+        except (TypeError, ValueError, OverflowError):
+            pass
     return verify(*parsed, timeout_seconds=5, allow_set_relation_comp=True)
 
 
