@@ -13,9 +13,7 @@ stages 2 and 3 decode in parallel.  `path=plain`, `path=format` and `path=parall
 The README's glossary explains the metrics; docs/figures.py makes pictures and tables of many runs.
 """
 
-import html
 import json
-import re
 import time
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import numpy as np  # torch decodes, numpy counts
 import torch
 from tqdm import tqdm
 
-from engine import TAGS, Engine, Example, batches, token_logprobs
+from engine import TAGS, Engine, Example, batches, token_logprobs, trace, trace_page
 from stage0_model import KIND_CHOICES, KINDS, SPLITS, apply_op, first_moves, make_problems  # made problems
 from stage0_model import (
     PLAIN_PROMPT,
@@ -230,8 +228,8 @@ def agreement(engine, problems, mode, args, rollouts, most=200):
 def judge_checkpoint(path, mode, problems, args, device):
     """Judge a checkpoint in a mode: all problems k times at --temperature, the first ones greedily.
 
-    Returns ((engine, mode), result, judged): result goes into the tables and eval.json, judged is
-    as of `judge_all`.  The greedy responses of a parallel checkpoint are written to trace.html.
+    Returns ((engine, mode), result, judged, traces): result goes into the tables and eval.json,
+    judged is as of `judge_all`, traces are greedy responses for trace.html.
     """
     engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
     print(
@@ -259,16 +257,14 @@ def judge_checkpoint(path, mode, problems, args, device):
     }
 
     # Two problems of each kind are enough to look at.
-    if mode == "parallel":
-        traces = [
-            (
-                f"{p.question}   ({path}: {len(r.ids)} tokens, critical path {r.critical_path})",
-                response_text(engine.tokenizer, r.ids),
-            )
-            for p, [r] in list(zip(problems, greedy))[: 2 * len(KINDS)]
-        ]
-        write(Path(args.out) / "trace.html", trace_page(traces))
-    return (engine, mode), result, judged
+    traces = []
+    for problem, [rollout] in list(zip(problems, greedy))[: 2 * len(KINDS)]:
+        prompt = prompt_ids(engine.tokenizer, problem.question, system_prompt(mode, args))
+        right = problem.verify(response_text(engine.tokenizer, rollout.ids))
+        verdict = "right" if right else f"wrong, {problem.answer} is right"
+        name = f"{path} ({mode})"
+        traces.append(trace(engine.tokenizer, rollout, prompt, problem.question, name, verdict))
+    return (engine, mode), result, judged, traces
 
 
 def compare(results, judged):
@@ -430,7 +426,7 @@ def main():
     problems = make_problems(args.kind, args.split, args.n, args.seed)
     pairs = [pair for spec in args.checkpoints for pair in modes_of(spec)]
     judgements = [judge_checkpoint(path, mode, problems, args, device) for path, mode in pairs]
-    contestants, results, judged = zip(*judgements)
+    contestants, results, judged, traces = zip(*judgements)
     compare(results, judged)
     for result, seconds in zip(results, time_to_answer(contestants, problems, args)):
         result["seconds to answer"] = seconds
@@ -442,6 +438,7 @@ def main():
         for row in sum(each, [])  # the rows of all problems
     ]
     write(Path(args.out) / "responses.jsonl", "".join(responses))
+    write(Path(args.out) / "trace.html", trace_page(sum(traces, [])))
     head = (
         f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, "
         f"greedy on the first {min(args.greedy, args.n)}, device {device}"
@@ -560,44 +557,6 @@ def run_benches(args, device):
     rows = [cells(result, columns) for result in results]
     text = f"{args.k} sample(s) at temperature {args.temperature}, device {device}\n\n{table(rows)}\n"
     publish(text, Path(args.out) / "bench", args, device, results=results)
-
-
-# ==================================================================================================
-# 5. The page of traces
-# ==================================================================================================
-
-
-def trace_page(traces):
-    """A self-contained HTML page of (title, text) pairs: each trace's trunk in full width, the
-    steps of a block side by side.
-    """
-    # Colours say what a span is: plans, steps, takeaway, the rest.
-    style = (
-        "body{font:14px system-ui;margin:2em;max-width:75em}"
-        "pre{white-space:pre-wrap;word-break:break-word;margin:0}"
-        "div{border-radius:6px;padding:.5em .7em;margin:.3em 0}.guideline{background:#e8eefc}"
-        ".takeaway{background:#e9f6e9}.steps{display:flex;gap:.5em;padding:0}"
-        ".step{flex:1;background:#fdf1dc;min-width:0}.final{background:#f2f2f2}"
-        "@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}.guideline{background:#223}"
-        ".takeaway{background:#232}.step{background:#332a18}.final{background:#222}}"
-    )
-    page = [f"<!doctype html><meta charset=utf-8><title>Native parallel traces</title><style>{style}</style>"]
-    # What lies between the blocks is a span too: the text before, and the answer.
-    spans = r"<guideline>.*?</guideline>|(?:<step>.*?</step>)+|<takeaway>.*?</takeaway>|[^<]+"
-    for title, text in traces:
-        page.append(f"<h3>{html.escape(title)}</h3>")
-        for span in re.findall(spans, text, re.S):
-            # Steps become columns; a guideline is shown as its plans, all else as bare text.
-            name = re.match(r"<(\w+)>|", span)[1]
-            if name == "step":
-                steps = map(html.escape, re.findall(r"<step>(.*?)</step>", span, re.S))
-                columns = "".join(f"<div class=step><pre>{step}</pre></div>" for step in steps)
-                page.append(f"<div class=steps>{columns}</div>")
-            else:
-                plans = "\n".join(re.findall(r"<plan>(.*?)</plan>", span, re.S))
-                bare = html.escape(plans or re.sub(r"</?\w+>", "", span))
-                page.append(f"<div class={name or 'final'}><pre>{bare}</pre></div>")
-    return "\n".join(page) + "\n"
 
 
 if __name__ == "__main__":
