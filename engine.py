@@ -25,6 +25,7 @@ Read sections 1 to 6 for every idea; section 7 is the same on a GPU, faster.
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -35,6 +36,7 @@ import time
 from argparse import ArgumentTypeError
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +47,7 @@ from tqdm import tqdm
 
 from stage0_model import UserError, load, made_with, pick_device, prompt_ids, read_arguments, read_prompt
 from stage0_model import run_main
-from stage0_model import attention, bucket, pad_rows, uses_flex, visibility, visible_mask
+from stage0_model import attention, bucket, pad_rows, uses_flex, visibility, visible_mask, write_text
 from stage0_model import device_name, natural_int, nonempty, not_negative, positive_float  # ranges
 from stage0_model import positive_fraction, positive_int, seed_int
 
@@ -325,6 +327,7 @@ class Token(NamedTuple):
     position: int
     logprob: float = 0.0  # at temperature 1, before truncation and penalty; 0.0 for forced tokens
     forced: bool = False  # not sampled: of the prompt, or written by the engine
+    step: int = 0  # in which it was sampled or forced: 1 is its request's first, 0 the prompt's
 
 
 @dataclass
@@ -340,6 +343,7 @@ class Rollout:
     num_forks: int  # blocks that the engine really forked
     max_branches: int = 0  # widest of them
     error: str = ""  # what was malformed
+    steps: list = field(default_factory=list)  # as in Token
 
 
 @dataclass
@@ -368,6 +372,7 @@ class Request:
     tips: list = field(default_factory=list)  # indices of tokens whose successor is sampled next
     row: int = -1  # of the KV memory, while running
     fed: int = 0  # tokens whose keys and values are in the row
+    step: int = 0  # engine steps in which it received tokens; waiting for a row does not count
     state: str = "text"  # of the trunk, in GRAMMAR
     guideline: int = 0  # index of the last <guideline>
     widths: list = field(default_factory=list)  # branches of each fork
@@ -387,9 +392,10 @@ class Request:
         """Append one sampled token after each tip; then go on, fork, join, or finish."""
         tips = self.tips
         self.tips = []
+        self.step += 1
         for tip, id, logprob in zip(tips, sampled, logprobs):
             block, branch, position = self.tokens[tip][1:4]
-            self.tokens.append(Token(id, block, branch, position + 1, logprob))
+            self.tokens.append(Token(id, block, branch, position + 1, logprob, step=self.step))
             if block:
                 self.continue_branch(id, branch)
             else:
@@ -464,7 +470,7 @@ class Request:
         first = self.tokens[-1].position + 1
         for branch, opening in enumerate(openings, 1):
             for position, id in enumerate(opening, first):
-                self.tokens.append(Token(id, len(self.widths), branch, position, forced=True))
+                self.tokens.append(Token(id, len(self.widths), branch, position, forced=True, step=self.step))
             self.tips.append(len(self.tokens) - 1)
 
     def read_plans(self):
@@ -497,7 +503,8 @@ class Request:
             self.finish_reason = "length"
             return
         longest = max(token.position for token in self.tokens if token.block == len(self.widths))
-        self.tokens.append(Token(self.rules.tag_ids["<takeaway>"], 0, 0, longest + 1, forced=True))
+        id = self.rules.tag_ids["<takeaway>"]
+        self.tokens.append(Token(id, 0, 0, longest + 1, forced=True, step=self.step))
         self.state = "takeaway"
         self.tips.append(len(self.tokens) - 1)
 
@@ -525,6 +532,7 @@ class Request:
             num_forks=len(self.widths),
             max_branches=max(self.widths, default=0),
             error=self.error,
+            steps=[token.step for token in tokens],
         )
 
 
@@ -1108,6 +1116,34 @@ class LiveEngine(Engine):
         return done
 
 
+def trace(tokenizer, rollout, prompt, question, by, verdict=""):
+    """What assets/trace.html shows of a rollout: plain values, and lists with an entry a token.
+
+    prompt: token ids; by: who decoded it; verdict: whether its answer is right, if anyone knows.
+    """
+    places = {name: getattr(rollout.layout, name).tolist() for name in ("block", "branch", "position")}
+    return places | {
+        "question": question,
+        "by": by,
+        "verdict": verdict,
+        "ended": rollout.finish_reason + (f": {rollout.error}" if rollout.error else ""),
+        "prompt": len(prompt),
+        # token by token, because a token is what the page shows at a time
+        "text": [tokenizer.decode([id]) for id in rollout.ids],
+        "forced": [int(forced) for forced in rollout.forced],
+        "p": [round(math.exp(logprob), 4) for logprob in rollout.logprobs],
+        "step": rollout.steps,
+    }
+
+
+def trace_page(traces):
+    """assets/trace.html with these traces in it: one page that needs no network."""
+    # A response may say </script>, or open a comment that would hide the script's real end.
+    data = json.dumps(traces, separators=(",", ":")).replace("</", r"<\/").replace("<!--", r"<\u0021--")
+    template = Path(__file__).parent / "assets" / "trace.html"
+    return template.read_text("utf-8").replace("/*TRACES*/[]", data)
+
+
 # fmt: off
 ARGUMENTS = (
     ("question",         nonempty,     None,         "the question, as the problems of stage 0 write it"),
@@ -1116,6 +1152,7 @@ ARGUMENTS = (
     ("--temperature",    not_negative, 0.0,          "0 is greedy"),
     ("--max-new-tokens", positive_int, 1024,         "budget, all branches together"),
     ("--seed",           seed_int,     0,            "of the sampling"),
+    ("--html",           str,          "",           "write a page for the browser here, on which the decoding can be replayed"),
     ("--device",         device_name,  "auto",       "auto, cpu, cuda"),
 )
 # fmt: on
@@ -1138,6 +1175,9 @@ def main():
     )
     if not live:
         print("\n".join(render(tokenizer, rollout, 120)))
+    if args.html:
+        page = trace_page([trace(tokenizer, rollout, prompt, args.question, args.init)])
+        write_text(Path(args.html), page)
 
     # What parallel thought bought: tokens written for each that had to be waited for.
     tokens = len(rollout.ids)

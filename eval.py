@@ -13,7 +13,6 @@ stages 2 and 3 decode in parallel.  `path=plain`, `path=format` and `path=parall
 The README's glossary explains the metrics; docs/figures.py makes pictures and tables of many runs.
 """
 
-import html
 import itertools
 import json
 import math
@@ -26,11 +25,11 @@ import numpy as np  # torch decodes, numpy counts
 import torch
 from tqdm import tqdm
 
-from engine import TAGS, Engine, Example, batches, token_logprobs
+from engine import TAGS, Engine, Example, batches, token_logprobs, trace, trace_page
 from stage0_model import KIND_CHOICES, KINDS, SPLITS, apply_op, first_moves, make_problems  # made problems
 from stage0_model import PLAIN_PROMPT, REAL_PLAIN_PROMPT, last_boxed, made_with, prompt_ids  # any
 from stage0_model import read_problems, read_prompt
-from stage0_model import ANY_TAG, DTYPES, from_all_ranks, load, my_share, pick_device, ranks  # models
+from stage0_model import DTYPES, from_all_ranks, load, my_share, pick_device, ranks  # models
 from stage0_model import checkpoint_folder, fingerprint, response_text  # models
 from stage0_model import UserError, hold, read_arguments, read_jsonl, run_main, write_text  # the run
 from stage0_model import device_name, natural_int, nonempty, not_negative, positive_fraction  # flags
@@ -314,8 +313,8 @@ def judged_rows(engine, path, mode, name, problems, args, k=1, temperature=0.0):
 def judge_checkpoint(path, mode, problems, args, device):
     """Judge a checkpoint in a mode: all problems k times at --temperature, the first ones greedily.
 
-    Returns ((engine, mode), result, judged): result goes into the tables and eval.json, judged is
-    as of `judge_all`.  The greedy responses of a parallel checkpoint are written to trace.html.
+    Returns ((engine, mode), result, judged, traces): result goes into the tables and eval.json,
+    judged is as of `judge_all`, traces are greedy responses for trace.html.
     """
     engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
     judged = judged_rows(engine, path, mode, args.split, problems, args, args.k, args.temperature)
@@ -337,16 +336,16 @@ def judge_checkpoint(path, mode, problems, args, device):
     }
 
     # Two problems of each kind are enough to look at.
-    if mode == "parallel":
-        traces = [
-            (
-                f"{row['problem']}   ({path}: {row['tokens']} tokens, critical path {row['critical_path']})",
-                row["response"],
-            )
-            for [row] in greedy[: 2 * len(KINDS)]
-        ]
-        write(Path(args.out) / "trace.html", trace_page(traces))
-    return (engine, mode), result, judged
+    # They are decoded once more, because the page replays rollouts, and the files keep only texts.
+    traces = []
+    shown = problems[: 2 * len(KINDS)]
+    for problem, [rollout] in zip(shown, decode(engine, shown, mode, args, temperature=0.0, progress=False)):
+        prompt = prompt_ids(engine.tokenizer, problem.question, system_prompt(engine, mode, args))
+        right = problem.verify(response_text(engine.tokenizer, rollout.ids))
+        verdict = "right" if right else f"wrong, {problem.answer} is right"
+        name = f"{path} ({mode})"
+        traces.append(trace(engine.tokenizer, rollout, prompt, problem.question, name, verdict))
+    return (engine, mode), result, judged, traces
 
 
 def compare(results, judged):
@@ -461,7 +460,7 @@ REPORTS = {
     "eval.json": '{\n  "args"',
     "bench.json": '{\n  "args"',
     "responses.jsonl": '{"checkpoint"',
-    "trace.html": "<!doctype html><meta charset=utf-8><title>Native parallel traces",
+    "trace.html": "<!doctype html>\n<!-- The page of traces.",
 }
 
 # The paper's eight: file in --bench-dir, else hub name.  ZebraLogic's public version has its
@@ -524,7 +523,7 @@ def main():
     # ---- judge: every checkpoint in every mode it is made for, all on the same problems ----
     problems = make_problems(args.kind, args.split, args.n, args.seed)
     judgements = [judge_checkpoint(path, mode, problems, args, device) for path, mode in pairs]
-    contestants, results, judged = zip(*judgements)
+    contestants, results, judged, traces = zip(*judgements)
     compare(results, judged)
     for result, seconds in zip(results, time_to_answer(contestants, problems, args)):
         result["seconds to answer"] = seconds
@@ -536,6 +535,7 @@ def main():
         for row in sum(each, [])  # the rows of all problems
     ]
     write(Path(args.out) / "responses.jsonl", "".join(responses))
+    write(Path(args.out) / "trace.html", trace_page(sum(traces, [])))
     head = (
         f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, "
         f"greedy on the first {min(args.greedy, args.n)}, device {device}"
@@ -605,57 +605,6 @@ def run_benches(args, device):
     rows = [cells(result, columns) for result in results]
     text = f"{args.k} sample(s) at temperature {args.temperature}, device {device}\n\n{table(rows)}\n"
     publish(text, Path(args.out) / "bench", args, device, results=results)
-
-
-# ==================================================================================================
-# 5. The page of traces
-# ==================================================================================================
-
-
-def spans_of(text):
-    """A response as [name, texts] pairs: a guideline's plans, a block's steps, all else by itself.
-    Nothing of the text is lost, however broken, and each piece is looked at once.
-
-    '<step>1:a</step><step>2:b</step> c' -> [['step', ['1:a', '2:b']], ['final', [' c']]]
-    """
-    spans = []
-    for tag, piece in zip(["", *ANY_TAG.findall(text)], ANY_TAG.split(text)):
-        name = {"<plan>": "guideline", "</plan>": "guideline"}.get(tag, tag.strip("<>"))
-        name = "final" if name.startswith("/") or not name else name
-        # white space between tags is no text; neighbours of one kind belong together
-        if spans and spans[-1][0] == name and piece.strip():
-            spans[-1][1].append(piece)
-        elif piece.strip():
-            spans.append([name, [piece]])
-    return spans
-
-
-def trace_page(traces):
-    """A self-contained HTML page of (title, text) pairs: each trace's trunk in full width, the
-    steps of a block side by side.
-    """
-    # Colours say what a span is: plans, steps, takeaway, the rest.
-    style = (
-        "body{font:14px system-ui;margin:2em;max-width:75em}"
-        "pre{white-space:pre-wrap;word-break:break-word;margin:0}"
-        "div{border-radius:6px;padding:.5em .7em;margin:.3em 0}.guideline{background:#e8eefc}"
-        ".takeaway{background:#e9f6e9}.steps{display:flex;gap:.5em;padding:0}"
-        ".step{flex:1;background:#fdf1dc;min-width:0}.final{background:#f2f2f2}"
-        "@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}.guideline{background:#223}"
-        ".takeaway{background:#232}.step{background:#332a18}.final{background:#222}}"
-    )
-    page = [f"<!doctype html><meta charset=utf-8><title>Native parallel traces</title><style>{style}</style>"]
-    for title, text in traces:
-        page.append(f"<h3>{html.escape(title)}</h3>")
-        for name, texts in spans_of(text):
-            # Steps become columns; a guideline is shown as its plans, one a line.
-            if name == "step":
-                columns = "".join(f"<div class=step><pre>{html.escape(t)}</pre></div>" for t in texts)
-                page.append(f"<div class=steps>{columns}</div>")
-            else:
-                bare = html.escape("\n".join(texts))
-                page.append(f"<div class={name}><pre>{bare}</pre></div>")
-    return "\n".join(page) + "\n"
 
 
 if __name__ == "__main__":

@@ -98,25 +98,6 @@ def test_a_checkpoint_is_judged_in_the_mode_it_was_made_for(tmp_path, plain_toke
     assert modes("beta=plain") == ["plain"]
 
 
-def test_trace_page_shows_steps_side_by_side_and_escapes_model_text():
-    page = judge.trace_page(
-        [
-            (
-                "1<2?",
-                "<guideline><plan>1:a</plan></guideline><step>1:x&y</step><step>2:z</step><takeaway>t</takeaway>\\boxed{9}",
-            )
-        ]
-    )
-    assert (
-        "1&lt;2?" in page
-        and "<div class=steps><div class=step><pre>1:x&amp;y</pre></div><div class=step><pre>2:z" in page
-    )
-    assert (
-        "<div class=takeaway><pre>t</pre></div>" in page
-        and "<div class=final><pre>\\boxed{9}</pre></div>" in page
-    )
-
-
 def test_table_aligns_columns():
     assert judge.table([{"a": "x", "b": "1"}, {"a": "long", "b": "22"}]).splitlines() == [
         "a      b",
