@@ -55,6 +55,7 @@ lint: $(VENV)
 
 test: $(VENV)
 	$(PY) -m pytest -q tests
+	if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(PY) -m pytest -q -m cuda tests; fi
 
 # two columns as wide as the code; between them | a changed line, < one of stage 1 alone, > one of stage 3 alone
 WIDTH ?= 224

@@ -47,7 +47,8 @@ from tqdm import tqdm
 
 from stage0_model import UserError, load, made_with, pick_device, prompt_ids, read_arguments, read_prompt
 from stage0_model import run_main
-from stage0_model import attention, bucket, pad_rows, uses_flex, visibility, visible_mask, write_text
+from stage0_model import attention, bucket, can_compile, pad_rows, uses_flex, visibility, visible_mask
+from stage0_model import write_text
 from stage0_model import device_name, natural_int, nonempty, not_negative, positive_float  # ranges
 from stage0_model import positive_fraction, positive_int, seed_int
 
@@ -574,18 +575,15 @@ class Engine:
         # The KV budget is planned up front, so that no request can run out of memory in the middle.
         if kv_tokens is None:
             elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-            ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            available = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else ram
+            available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if weight.is_cuda:
+                torch.cuda.empty_cache()  # what an engine before this one has left counts as free
+                available = torch.cuda.mem_get_info(weight.device)[0]
             kv_tokens = max(1024, min(2**18, available // 4 // (elements * weight.element_size())))
 
         # Decode with section 7's kernel where it runs, else with plain PyTorch.
         if kernel is None:
-            kernel = weight.is_cuda and triton is not None and config.head_dim <= 128
-        if weight.is_cuda and triton is None:
-            print(
-                "triton is not installed: decoding without kernel and captured graphs, several times slower; "
-                "pip install triton"
-            )
+            kernel = weight.is_cuda and config.head_dim <= 128 and can_compile()
         self.runner = (CudaRunner if kernel else ModelRunner)(model, kv_tokens)
 
         # A turn may end in several ways; the tokenizer's own is always one of them.
@@ -1361,6 +1359,12 @@ if triton is not None:
         tl.store(to, result.to(out.dtype.element_ty), mask=d < D)
 
 
+def most_query_rows(dtype, D):
+    """Most query rows of a tile.  Wide heads in fp32 need smaller tiles, or shared memory is too
+    small: 128 rows take 113 KB of it, a 4090 has 99."""
+    return 32 if dtype.itemsize == 4 and D > 64 else 128
+
+
 def split_kv_attention(
     q, kv, slot, block, branch, slot_block, slot_branch, splits, first_split, num_splits, M
 ):
@@ -1383,6 +1387,8 @@ def split_kv_attention(
     scale = D**-0.5 * math.log2(math.e)
     tokens = (slot, block, branch, slot_block, slot_branch, splits)
     tuning = dict(BLOCK_N=64 if q.element_size() == 2 else 32, num_warps=4 if M < 128 else 8, num_stages=2)
+    if most_query_rows(q.dtype, D) < 128:
+        tuning = dict(BLOCK_N=16, num_warps=8, num_stages=1)
     split_kv_kernel[W, H_kv](q, q.stride(0), kv, *tokens, partial, partial_lse, scale, **sizes, **tuning)
     merge_splits_kernel[N, H](partial, partial_lse, splits, first_split, num_splits, out, **sizes, AT_ONCE=16)
     return out
@@ -1465,10 +1471,19 @@ class CudaRunner(ModelRunner):
 
     def feed(self, packed, tips, rows, length, count):
         n = packed.shape[1]
-        N = 1 << (n - 1).bit_length()  # tokens, idle ones included
-        M = min(128, max(16, 1 << (int(count.max()) * self.repeat - 1).bit_length()))  # query rows of a tile
+        most = most_query_rows(self.pool.dtype, self.pool.shape[-1])
+        M = min(most, max(16, 1 << (int(count.max()) * self.repeat - 1).bit_length()))  # query rows of a tile
         start = rows * self.capacity
         cut, of_token = make_splits(start, length, count, M // self.repeat, self.num_splits)
+
+        # Of few sizes where they are captured; a large step is not, and padding would cost it
+        # gigabytes.  N: tokens, idle ones included.
+        N = n
+        W = len(cut)
+        num_tips = len(tips)
+        if n <= MAX_CAPTURED:
+            N = num_tips = 1 << (n - 1).bit_length()
+            W = N + self.num_splits
 
         # Idle tokens are stored in the slot that nobody looks at.
         tokens = np.zeros((9, N), dtype=np.int64)
@@ -1478,7 +1493,7 @@ class CudaRunner(ModelRunner):
         tokens[6] = self.kv_tokens
         tokens[6, :n] = packed[4] * self.capacity + packed[5]  # slot in the pool
         tokens[7:, :n] = of_token
-        splits = np.zeros((N + self.num_splits, 5), dtype=np.int64)
+        splits = np.zeros((W, 5), dtype=np.int64)
         splits[: len(cut)] = cut
 
         def step(buffer):
@@ -1497,11 +1512,11 @@ class CudaRunner(ModelRunner):
             self.look = look
             self.compiled = True
             x = self.model.hidden(ids[None], Layout(block, branch, position), self)[0]  # (N, C)
-            return self.model.logits(x[tips])  # (N, V), the first len(tips) of them wanted
+            return self.model.logits(x[tips[:num_tips]])  # the first len(tips) of them wanted
 
         buffer = torch.from_numpy(np.concatenate([tokens.ravel(), splits.ravel()]))
         if N > MAX_CAPTURED:
-            return step(buffer.to(self.model.device))[: len(tips)]
+            return step(buffer.to(self.model.device))
         return self.graphs(("feed", N, M), step, buffer)[: len(tips)]
 
     def draw(self, logits, u, shaped, temperature, top_p, top_k):

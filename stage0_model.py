@@ -122,18 +122,34 @@ def visible_mask(block, branch, document=None):
     return sees if document is None else sees & (document[:, :, None] == document[:, None, :])
 
 
+@functools.cache
+def can_compile():
+    """Whether Triton runs here, which kernels and torch.compile need: a GPU, and a C compiler.
+
+    Slim images have no compiler.  Found out once, at the start, and told in one line.
+    """
+    if not torch.cuda.is_available():
+        return False
+    try:
+        from triton.runtime import driver  # comes with torch for CUDA
+
+        driver.active.get_current_device()  # the first use builds what starts kernels
+        return True
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        print(f"slow: no kernel, graphs and compilation without Triton and a C compiler such as gcc ({why})")
+        return False
+
+
 def uses_flex(device):
-    """FlexAttention where it trains: on CUDA.  It has no backward on a CPU."""
-    return device.type == "cuda"
+    """FlexAttention where it trains: compiled, on CUDA.  It has no backward on a CPU."""
+    return device.type == "cuda" and can_compile()
 
 
 @functools.cache
-def compiled(function, dynamic=False):
-    """torch.compile on CUDA.  Not dynamic: once for every shape, so let them be few (`bucket`)."""
-    if not torch.cuda.is_available():
-        return function
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function, dynamic=dynamic)
+def compiled(function, dynamic=None):
+    """torch.compile on CUDA: for the first shape, and at the second for all (dynamic: at once)."""
+    return torch.compile(function, dynamic=dynamic) if can_compile() else function
 
 
 def bucket(n):
@@ -170,8 +186,14 @@ def attention(q, k, v, mask):
     q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D).
     """
     if isinstance(mask, BlockMask):
+        # For rows of fewer than 128 tokens torch 2.13 may find no tile sizes if it can choose its
+        # kernel; and its tiles of fp32 do not fit the shared memory of cards such as a 4090.
+        options = {"FORCE_USE_FLEX_ATTENTION": True}
+        if q.dtype == torch.float32 and q.shape[3] > 64:
+            options |= {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or H_kv, T, D)
-        return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+        attend = compiled(flex_attention)
+        return attend(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options).transpose(1, 2)
 
     # measured: the CPU's fused attention runs backward 1.6x faster in fp32 than in bf16
     dtype = v.dtype
@@ -2129,24 +2151,27 @@ def pick_device(name):
         if name != "auto":
             raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu")
         name = "cpu"
-    device = torch.device("cuda" if name == "auto" else name)
+    device = torch.device("cuda:0" if name in ("auto", "cuda") else name)
     if (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise UserError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible")
 
     # under torchrun: a GPU for each rank, or a share of the cores
     others = ""
-    if "LOCAL_RANK" in os.environ:
-        beside = int(os.environ["LOCAL_WORLD_SIZE"])
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index)))
         visible = torch.cuda.device_count()
+        if max(beside, device.index + 1) > visible:
+            raise UserError(
+                f"--device {name}, {beside} ranks (torchrun --nproc-per-node): CUDA devices that are "
+                f"visible: {visible}; use cuda:0, or fewer ranks"
+            )
+
+        # Triton, streams and graphs go to the current device, wherever their tensors are
+        torch.cuda.set_device(device)
+    if "LOCAL_RANK" in os.environ:
         if device.type == "cpu":
             torch.set_num_threads(max(1, os.cpu_count() // beside))
-        elif beside > visible:
-            raise UserError(
-                f"torchrun --nproc-per-node {beside}: {visible} CUDA devices are visible; use fewer ranks"
-            )
-        else:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # one GPU a rank
-            torch.cuda.set_device(device)
 
         # a rank waits while another still decodes, or writes a checkpoint: long, but not for ever
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))

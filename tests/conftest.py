@@ -3,6 +3,7 @@ decoded without training anything)."""
 
 import os
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before triton is imported: kernels run in its interpreter, on CPU tensors
-    )
+
+# Kernels are either interpreted, on CPU tensors, or compiled, on a GPU's: one of them in a process,
+# decided before triton is imported.  `pytest -m cuda tests` is the run on a GPU; any other does not
+# see one, and does the same everywhere.
+if not re.search(r"(?<!not )\bcuda\b", " ".join(sys.argv[1:])):
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import engine as engine_module
 import stage0_model as stage0

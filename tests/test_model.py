@@ -279,3 +279,18 @@ def test_gain_factor_speeds_up_the_gains_of_the_last_norm_and_nothing_else(dtype
     ) in model.named_parameters():  # the first step of Adam is the learning rate, whatever the gradient
         moved = (getattr(p, "master", p).detach() - before[name]).abs().max().item()
         assert moved == pytest.approx(5e-3 if name == "model.norm.weight" else 1e-3, rel=0.01)
+
+
+def test_the_device_that_is_asked_for_becomes_the_current_one(monkeypatch):
+    """Triton, streams and graphs go to the current device: with tensors on cuda:1 they would crash."""
+    current = []
+    for name, answer in (("is_available", True), ("device_count", 2), ("get_device_name", "GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("cuda:1", "cuda", "auto"):
+        assert stage0.pick_device(name) == current[-1]
+    assert [str(device) for device in current] == ["cuda:1", "cuda:0", "cuda:0"]
+    with pytest.raises(stage0.UserError, match="cuda:2"):
+        stage0.pick_device("cuda:2")
