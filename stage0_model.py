@@ -1687,10 +1687,10 @@ def same_math(boxed, answer):
             return False
         gold, given = (text.rpartition("=")[2] for text in (gold, given))
 
-    # a point is no set, but what is asked for in order may be given without its brackets
-    pairs = ["," in text and text[:1] + text[-1:] == "()" for text in (gold, given)]
-    if "," in gold and "," in given and any(pairs):
-        gold, given = (text if pair else f"({text})" for text, pair in zip((gold, given), pairs))
+    # a point, or an interval, is not the set of the same two numbers
+    bracketed = ["," in text and text[:1] + text[-1:] == "()" for text in (gold, given)]
+    if "," in gold and "," in given and any(bracketed) and not all(bracketed):
+        return False
 
     # Numbers are compared here, because math-verify rounds to six places behind the point; and what
     # differs at one point is not the same, which saves the work of simplifying it.
