@@ -718,8 +718,8 @@ def split_of(question):
 def make_problems(kind, split, n, seed):
     """n distinct seeded problems: same arguments, same problems.
 
-    kind: one of KINDS, or 'all' for equal shares of each; split: one of SPLITS.
-    Raises ValueError for an unknown kind or split, UserError when the kind has no n distinct problems.
+    kind: one of KINDS, or 'all' for equal shares of each; split: one of SPLITS. Raises ValueError
+    for an unknown kind or split, UserError when the kind has no n distinct problems.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
@@ -956,7 +956,7 @@ def corpus_batches(tokenizer, args, step):
 
 
 def flag_type(read, fits, allowed):
-    """A type of `read_arguments`: what read(text) gives, if it fits; allowed: what does, in words."""
+    """A type of `read_arguments`: what read(text) gives, if it fits; allowed: that in words."""
 
     def value_of(text):
         with contextlib.suppress(ValueError):
@@ -974,6 +974,8 @@ positive_int = flag_type(int, lambda x: 1 <= x < 2**31, "a whole number from 1")
 natural_int = flag_type(int, lambda x: 0 <= x < 2**31, "a whole number from 0")
 group_int = flag_type(int, lambda x: 2 <= x < 2**31, "a whole number from 2: a group is compared")
 seed_int = flag_type(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
+
+# shares and rates
 fraction = flag_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 positive_fraction = flag_type(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 positive_float = flag_type(float, lambda x: 0 < x <= 1e12, "a finite number above 0")
@@ -981,12 +983,8 @@ not_negative = flag_type(float, lambda x: 0 <= x <= 1e12, "a finite number from 
 nonempty = flag_type(str, lambda x: x.strip() and "\0" not in x, "some text")
 device_name = flag_type(str, re.compile(r"auto|cpu|cuda(:\d{1,2})?").fullmatch, "auto, cpu, cuda, cuda:1 ..")
 
-OVERWRITE = (
-    "--overwrite",
-    bool,
-    False,
-    "move what another run left in --out to <out>.old-1, .. and begin anew",
-)
+# the last row of every stage's table
+OVERWRITE = ("--overwrite", bool, False, "move what another run left in --out aside, to <out>.old-1, ..")
 
 
 # fmt: off
@@ -1023,6 +1021,7 @@ def parse_args(argv=None):
 
 
 def main():
+    # Everything is checked before the output folder is touched.
     args = parse_args()
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
@@ -1201,7 +1200,8 @@ def read_weights(path):
                 "finish the stage that writes it, or the download"
             )
 
-        # a file that was cut off says so itself; a quantised one, or one of a run that diverged, not
+        # a file that was cut off says so itself; a quantised one, or one of a run that diverged,
+        # not
         try:
             weights |= load_file(file)
         except SafetensorError as error:
@@ -1358,7 +1358,7 @@ def read_object(file):
 
 
 def read_jsonl(path):
-    """The objects of a jsonl file; lines that are none (cut off, damaged) are told of and left out."""
+    """The objects of a jsonl file; damaged lines are left out, with a warning."""
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         try:
@@ -1518,6 +1518,8 @@ def choice_problem(place, question, options, answer):
         index = LETTERS.index(key[1].upper())
     else:
         index = float(answer) if re.fullmatch(r"\d+(\.0*)?", str(answer).strip()) else len(options)
+
+    # an answer that points at nothing would make every response wrong
     if index >= len(options):
         raise UserError(
             f"{place}: the answer {answer!r} is none of the options; expected text, letter or index"
@@ -1555,6 +1557,8 @@ def read_problem(name, number, row, question_column, answer_column):
             "name another with --answer-column"
         )
     answer = (last_boxed(answer) or answer).strip()
+
+    # a single capital letter is the key of options that the question itself lists
     letter = re.fullmatch(rf"(?:{FONT}\{{)?\(([A-Z])\)\}}?|([A-Z])", answer)
     if letter:
         return Problem("choice", question.strip(), letter[1] or letter[2])
@@ -1581,7 +1585,8 @@ def read_problems(name, question_column="", answer_column=""):
     return problems
 
 
-# Spellings that math-verify cannot read, as ones that it can: (pattern, replacement), in this order.
+# Spellings that math-verify cannot read, as ones that it can: (pattern, replacement), in this
+# order.
 UNICODE = {"°": r"^\circ", "²": "^{2}", "³": "^{3}", "×": r"\times ", "·": r"\cdot ", "−": "-", "–": "-"}
 UNICODE |= {"≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup "}
 UNICODE |= {"∅": r"\emptyset ", "∈": r"\in ", "…": r"\ldots ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}"}
@@ -1618,7 +1623,7 @@ EQUALS = re.compile(r"(?<![<>!])=")
 
 
 def as_latex(text):
-    r"""An answer as math-verify reads it: '4.5e33 kg' -> '4.5 \times 10^{33}', '√2' -> '\sqrt{2}'."""
+    r"""An answer as math-verify reads it: '4.5e33 kg' -> '4.5 \times 10^{33}'."""
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
     return text.strip()
@@ -1697,6 +1702,7 @@ def same_math(boxed, answer):
     parsed = [read_math(gold), read_math(given)]
     values = [value[0] for value in parsed if value and isinstance(value[0], Expr)]
     if len(values) == 2 and "%" not in gold + given:
+        # what cannot be compared as numbers is left to math-verify
         try:
             same = timeout(5)(same_value)(*values)
             if not same or all(value.is_number for value in values):
@@ -1709,7 +1715,7 @@ def same_math(boxed, answer):
 
 
 def same_choice(boxed, answer):
-    r"""The letter itself, whatever stands around it: '(B)', '\text{B}.', 'b', 'B: 2 apples' -> B."""
+    r"""The letter, whatever stands around it: '(B)', '\text{B}.', 'b', 'B: 2 apples' -> B."""
     text = re.sub(r"\\(?:[a-zA-Z]+|.)|[${}*]", " ", boxed)
     letter = r"(?:option|choice|answer)?[\s:]*(?:\(\s*([a-z])\s*\)|([a-z])\s*(?:[).:]|$))(.*)"
     match = re.fullmatch(letter, text.strip(), re.I | re.S)
@@ -1785,7 +1791,7 @@ NO_DIFFERENCE = {"out", "device", "save_every", "micro_tokens", "recompute", "in
 
 
 def fingerprint(value):
-    """16 hex digits that differ where content differs: of a checkpoint folder (Path), data or text."""
+    """16 hex digits that differ where content does: of a checkpoint folder (Path), data or text."""
     digest = hashlib.sha256()
     if isinstance(value, Path):
         forms = ("*.safetensors", "config.json", "tokenizer.json", "*.jinja")
@@ -1799,7 +1805,7 @@ def fingerprint(value):
 
 @functools.cache
 def hold(folder):
-    """Lock a folder for this process, for as long as it lives: a killed one leaves no lock behind."""
+    """Lock a folder for as long as this process lives: a killed one leaves no lock behind."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1808,11 +1814,11 @@ def hold(folder):
 
 
 class Run:
-    """A stage's output folder: `args.json`, `inputs.json`, `log.jsonl`, and `resume/` while it runs.
+    """A stage's output folder: `args.json`, `inputs.json`, `log.jsonl`, `resume/` while it runs.
 
     The same settings go on with what is there; a run of others is refused, or moved aside with
-    --overwrite.  read: what the stage was given beside --init, by flag.  All ranks read here, rank 0
-    alone writes.
+    --overwrite.  read: what the stage was given beside --init, by flag.  All ranks read here, rank
+    0 alone writes.
     """
 
     def __init__(self, args, **read):
@@ -1850,13 +1856,13 @@ class Run:
         from_all_ranks([])  # nobody goes on before the folder is in order
 
     def present(self):
-        """RUN_FILES that are here.  A data/ without the account of its sampling is the user's own."""
+        """RUN_FILES that are here.  A data/ without the account of its sampling is the user's."""
         sampled = (self.path / "rejection.json").is_file()
         return [n for n in RUN_FILES if os.path.lexists(self.path / n) and (n != "data" or sampled)]
 
     def compare(self, settings, inputs):
-        """Compare with the run that is in the folder: returns None to go on with it, or the folder to
-        move it to.  Exits where it is finished; raises UserError where it must not be touched.
+        """Compare with the run that is in the folder: returns None to go on with it, or the folder
+        to move it to.  Exits where it is finished; raises UserError where it must not be touched.
         """
         there = read_object(self.path / "args.json")
         free = NO_DIFFERENCE | ({"lr", "muon_lr"} if self.stopped.is_file() else set())
@@ -1880,6 +1886,7 @@ class Run:
         elif not changed and not finished:
             return None
         elif not changed and not self.args.overwrite:
+            # asked again for what there is: nothing is done, and that is no mistake
             print(f"{self.path} is finished, with these settings: nothing to do (--overwrite does it again)")
             if self.writes:
                 shutil.rmtree(self.path / "resume", ignore_errors=True)
@@ -1977,6 +1984,8 @@ class Run:
                 f"{key} is {row[key]} at step {row['step']}; {self.path} keeps its last finite state: "
                 f"the same command with a lower rate goes on from it, e.g. --lr {self.args.lr / 2:g}"
             )
+
+        # six digits behind the point are more than a curve shows
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
         if self.writes:
             with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
@@ -2210,6 +2219,7 @@ def read_arguments(doc, table, argv=None):
     def refuse(message):
         raise UserError(f"{message}; --help tells what can be given")
 
+    # argparse's own errors come with a page of usage
     parser.error = refuse
     for flag, kind, default, meaning, *more in table:
         how = {"default": default, "type": kind}
@@ -2222,13 +2232,14 @@ def read_arguments(doc, table, argv=None):
 
 
 def run_main(main):
-    """Run a script's main.  What a person can mend becomes one line on stderr and status 2, a signal
-    one line and 128 + its number; neither has a traceback.
+    """Run a script's main.  What a person can mend becomes one line on stderr and status 2, a
+    signal one line and 128 + its number; neither has a traceback.
     """
 
     def interrupt(number, frame):
         raise KeyboardInterrupt(number, "interrupted")
 
+    # SIGTERM ends a script as Ctrl-C does
     signal.signal(signal.SIGTERM, interrupt)
     try:
         main()

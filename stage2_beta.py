@@ -125,6 +125,7 @@ def read_inputs(args):
         columns = (args.question_column, args.answer_column)
         return None, read_problems(args.data, *columns) if args.data else None, format_prompt
 
+    # A row without text, or data without tags, would only be noticed after an hour of training.
     for number, row in enumerate(rows):
         texts = [row.get(column) for column in ("problem", "response")] if isinstance(row, dict) else []
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -173,6 +174,7 @@ def sampled_rows(args, run, model, tokenizer, data, format_prompt):
         if run.writes:
             write_text(kept, "".join(json.dumps(part) + "\n" for part in parts))
 
+    # All parts together; their reasons say what stage 1 still gets wrong.
     records = [record for part in parts for record in part["records"]]
     reasons = sum((Counter(part["reasons"]) for part in parts), Counter())
     if not records:
