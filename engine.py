@@ -107,7 +107,9 @@ def layout(ids, tag_ids, prompt_len=0):
     plain trunk even where they quote tags.  A response cut off anywhere has a layout: an unclosed
     branch ends where the next `<step>` begins.  Raises MalformedTrajectory at a tag that the
     grammar does not allow, unless the response (or, inside a block, the branch) was cut off right
-    there.
+    there.  It is the engine's layout for every rollout whose steps open without white space ahead
+    of `<step>`; where a foreign model writes some, and its block was cut off, that white space is
+    taken for the end of the branch before.
 
     With g = <guideline>, /g = </guideline>, s, /s, t for step and takeaway:
     ids      [g /g s  x /s s  y  z /s t]
@@ -143,8 +145,9 @@ def layout(ids, tag_ids, prompt_len=0):
     # previous one has closed.  Separators between steps belong to the step that follows.
     for i in tags[tags >= prompt_len].tolist():
         tag = tag_of[int(ids[i])]
-        if (state, tag) not in GRAMMAR:
-            if i == T - 1 or (state == "step" and ids[i + 1] == tag_ids["<step>"]):
+        ends = i == T - 1 or (state == "step" and ids[i + 1] == tag_ids["<step>"])
+        if (state, tag) not in GRAMMAR or (ends and (state, tag) == ("step", "<step>")):
+            if ends:
                 continue  # the violation that ended this response, or this branch
             raise MalformedTrajectory(i, f"{tag} is not allowed here (state: {state})")
 

@@ -2,6 +2,7 @@
 
 import random
 import re
+import time
 
 import pytest
 import torch
@@ -150,3 +151,83 @@ def test_a_plan_after_its_guideline_has_closed_belongs_to_no_block():
     response = parse_response(text)
     assert response.blocks == [(["A"], [], "")]  # and the steps behind it follow no guideline
     assert response.violations == ["overlapping tags", "block out of order", "counts differ"]
+
+
+def hostile_texts(n=20_000):
+    """Texts that a model could write to break a parser: very long, very deep, very many of one thing."""
+    tags = [
+        "<guideline>",
+        "</guideline>",
+        "<plan>",
+        "</plan>",
+        "<step>",
+        "</step>",
+        "<takeaway>",
+        "</takeaway>",
+    ]
+    pieces = [
+        *tags,
+        "\\boxed{",
+        "\\boxed{}",
+        "{",
+        "}",
+        "1:",
+        "9" * 50,
+        " ",
+        "\n",
+        "<",
+        "</",
+        "&",
+        "[",
+        "(",
+        "-",
+        "\0",
+        "\u0663:",
+    ]
+    texts = [piece * (n // len(piece)) for piece in pieces]
+    texts += [
+        "<plan>" + "0" * n,
+        "<step>" + "9" * n + ":x</step>",
+        "<guideline><plan>" + "1" * n + ":x</plan></guideline>",
+    ]
+    texts += ["\\boxed{" + opening * n for opening in "[({"]
+    texts += ["\\boxed{" + "[" * n + "]" * n + "}", '\\boxed{{"House 1": ' + '{"a":' * n + "}" * n + "}"]
+    rng = random.Random(0)
+    texts += ["".join(rng.choice(pieces) for _ in range(rng.randint(1, 300))) for _ in range(400)]
+    return texts
+
+
+def test_no_text_breaks_parser_or_judges_or_takes_them_long():
+    problems = [
+        stage0.Problem("sums", "q", "09"),
+        stage0.Problem("countdown", "q", "3+4", {"numbers": [3, 4, 5], "target": 7}),
+        stage0.Problem("countdown", "q", "none", {"numbers": [3, 4, 5], "target": 99}),
+        stage0.Problem("grid", "q", '{"House 1": {"Name": "Ann"}}'),
+        stage0.Problem("choice", "q", "B"),
+    ]
+    for text in hostile_texts():
+        began = time.process_time()
+        assert parse_response(text).violations
+        assert not any(problem.verify(text) for problem in problems), text[:50]
+        assert time.process_time() - began < 1.0, text[:50]
+
+
+@pytest.mark.parametrize(
+    "unit", ["<guideline>", "<step>1:", "<plan>", "</step>", "\\boxed{", "<", "0", "<step>1:x</step>"]
+)
+def test_the_parser_takes_linear_time(unit):
+    def seconds(n):
+        text = unit * (n // len(unit))
+        began = time.process_time()
+        parse_response(text)
+        return time.process_time() - began
+
+    seconds(10_000)
+    few = min(seconds(50_000) for _ in range(3))
+    many = min(seconds(400_000) for _ in range(3))
+    assert many < 8 * 3 * max(few, 0.002)  # quadratic would be 64
+
+
+def test_numbers_of_any_length_are_numbers():
+    assert "numbering" in parse_response(f"<guideline><plan>{'1' * 5000}:A</plan></guideline>").violations
+    assert not parse_response(GOOD.replace("<plan>1:", "<plan>001:")).violations
