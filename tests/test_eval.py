@@ -2,8 +2,10 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import eval as judge
 import stage0_model as stage0
@@ -163,3 +165,20 @@ def test_an_evaluation_that_fails_leaves_the_finished_one_alone(tmp_path, monkey
     with pytest.raises(stage0.UserError, match="no such checkpoint folder"):
         judge.main()
     assert (tmp_path / "responses.jsonl").read_text() == "finished"
+
+
+def test_time_to_answer_leaves_out_the_capture_of_graphs_on_a_gpu(monkeypatch):
+    """There every problem may be the first to meet a size of step; on a CPU only the first one warms up."""
+    for device, expected in (("cuda", 1.0), ("cpu", 100.0)):
+        clock = [0.0]
+        met = set()
+
+        def decode(engine, problems, *rest, **sampling):
+            clock[0] += 1.0 if problems[0] in met else 100.0
+            met.add(problems[0])
+
+        monkeypatch.setattr(judge, "decode", decode)
+        monkeypatch.setattr(judge.time, "perf_counter", lambda: clock[0])
+        engine = SimpleNamespace(model=SimpleNamespace(device=torch.device(device)))
+        found = judge.time_to_answer([(engine, "parallel")], list("abcd"), SimpleNamespace(timed=2))
+        assert found == [expected]
