@@ -208,6 +208,8 @@ def time_to_answer(contestants, problems, args):
     if contestants[0][0].model.device.type == "cuda":
         warm = len(order)
         order = order * 2
+
+    # a contestant's turn: one answer, alone
     for problem in tqdm(order, desc="time to answer", leave=False):
         for (engine, mode), times in zip(contestants, seconds):
             began = time.perf_counter()
