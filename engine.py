@@ -362,6 +362,7 @@ class Rules:
 
     def __post_init__(self):
         self.tag_of = {i: tag for tag, i in self.tag_ids.items()}
+        self.special = self.end_ids | self.tag_of.keys()  # all that is not plain text
 
 
 @dataclass
@@ -400,7 +401,9 @@ class Request:
         for tip, id, logprob in zip(tips, sampled, logprobs):
             block, branch, position = self.tokens[tip][1:4]
             self.tokens.append(Token(id, block, branch, position + 1, logprob, step=self.step))
-            if block:
+            if id not in self.rules.special:
+                self.tips.append(len(self.tokens) - 1)
+            elif block:
                 self.continue_branch(id, branch)
             else:
                 self.continue_trunk(id)
@@ -417,20 +420,16 @@ class Request:
 
     def continue_branch(self, id, branch):
         """A step ends with </step>; any other tag in it, or the end of the turn, is malformed."""
-        tag = self.rules.tag_of.get(id)
-        if tag == "</step>":
-            return
-        if tag or id in self.rules.end_ids:
-            self.malformed(f"{tag or 'end of turn'} inside step {branch}")
-        self.tips.append(len(self.tokens) - 1)
+        tag = self.rules.tag_of.get(id, "end of turn")
+        if tag != "</step>":
+            self.malformed(f"{tag} inside step {branch}")
+            self.tips.append(len(self.tokens) - 1)
 
     def continue_trunk(self, id):
         """The trunk goes from state to state of the grammar, and forks where a guideline closes."""
         tag = self.rules.tag_of.get(id)
         if id in self.rules.end_ids:
             self.finish_reason = "stop"
-        elif tag is None:
-            self.tips.append(len(self.tokens) - 1)
         elif (self.state, tag) not in GRAMMAR:
             self.malformed(f"{tag} in state {self.state}")
         else:
@@ -832,7 +831,7 @@ class Engine:
         temperature = self.sampling[0]
         u = np.zeros(len(logits))
         if temperature > 0:
-            u = np.concatenate([r.uniforms[r.used : r.used + len(r.tips)] for r in self.active])
+            u = np.array([r.uniforms.item(r.used + i) for r in self.active for i in range(len(r.tips))])
         shaped = self.penalise(logits) if self.penalty != 1.0 else None
         drawn = self.runner.draw(logits, torch.from_numpy(u), shaped, *self.sampling)
         tokens, logprobs = drawn.tolist()  # the one time that the host waits for the GPU
@@ -1007,8 +1006,9 @@ class ModelRunner:
         first = np.cumsum(count) - count  # index of each row's first token among the N
 
         # What the device has to know: (7, N) integers, and the indices of the M tips.
-        integers = [token[:4] for r in requests for token in r.tokens[r.fed :]]
-        packed = np.concatenate([np.array(integers).T, [rows[of], fed[of] + col, col]])
+        integers = (token[:4] for r in requests for token in r.tokens[r.fed :])
+        integers = np.fromiter(itertools.chain.from_iterable(integers), dtype=np.int64).reshape(-1, 4)
+        packed = np.concatenate([integers.T, [rows[of], fed[of] + col, col]])
         tips = [f + tip - r.fed for f, r in zip(first.tolist(), requests) for tip in r.tips]
         return self.feed(packed, tips, rows, length, count)
 

@@ -2,6 +2,7 @@
 
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -514,3 +515,18 @@ def test_picture_of_a_kv_row_forking_and_joining_is_what_the_engine_does(model, 
         "|"
     )  # what stands between two bars is fed in one step
     assert [[int(x) for x in part.split()] for part in bars] == [f for f in feeds if f[0] >= 12][:4]
+
+
+def test_what_an_engine_before_it_left_in_torchs_cache_counts_as_free(monkeypatch):
+    """Memory that torch keeps for reuse is not free to CUDA: a second engine had a smaller pool."""
+    free = [2**20]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.__setitem__(0, 2**24))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 2**30))
+    weight = SimpleNamespace(
+        is_cuda=True, device=torch.device("cpu"), element_size=lambda: 4, new_zeros=torch.zeros
+    )
+    model = SimpleNamespace(
+        config=stage0.Qwen3Config(), model={"embed_tokens": SimpleNamespace(weight=weight)}
+    )
+    eng = Engine(model, SimpleNamespace(eos_token_id=2), kernel=False)
+    assert eng.runner.kv_tokens == 2**24 // 4 // (2 * 4 * 2 * 32 * 4)

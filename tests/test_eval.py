@@ -3,8 +3,10 @@
 import itertools
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import eval as judge
 import stage0_model as stage0
@@ -163,3 +165,20 @@ def test_majority_is_the_answer_that_most_samples_give():
     assert judge.majority(rows("3", "7", "7", "5")) and not judge.majority(rows("3", "3", "7"))
     assert not judge.majority(rows("3", "7")) and judge.majority(rows("7", "3"))  # a tie goes to the earlier
     assert not judge.majority([{"response": "no box", "right": False}] * 2 + rows("7"))
+
+
+def test_time_to_answer_leaves_out_the_capture_of_graphs_on_a_gpu(monkeypatch):
+    """There every problem may be the first to meet a size of step; on a CPU only the first one warms up."""
+    for device, expected in (("cuda", 1.0), ("cpu", 100.0)):
+        clock = [0.0]
+        met = set()
+
+        def decode(engine, problems, *rest, **sampling):
+            clock[0] += 1.0 if problems[0] in met else 100.0
+            met.add(problems[0])
+
+        monkeypatch.setattr(judge, "decode", decode)
+        monkeypatch.setattr(judge.time, "perf_counter", lambda: clock[0])
+        engine = SimpleNamespace(model=SimpleNamespace(device=torch.device(device)))
+        found = judge.time_to_answer([(engine, "parallel")], list("abcd"), SimpleNamespace(timed=2))
+        assert found == [expected]
