@@ -410,7 +410,7 @@ ARGUMENTS = (
     ("--bench",          BENCHES,      [],        "judge on these real benchmarks instead of made problems", {"nargs": "+"}),
     ("--bench-dir",      str,          "",        "folder with their files; a benchmark without a file there comes from the hub"),
     ("--first",          int,          0,         "only so many problems of each benchmark, 0 for all"),
-    ("--prompt-file",    str,          "",        "text that asks for the format; by default the checkpoint's own, or with --bench assets/format_prompt.txt"),
+    ("--prompt-file",    str,          "",        "text that asks for the format; default: the checkpoint's own, or assets/format_prompt.txt"),
     ("--dtype",          DTYPES,       "auto",    "of the weights; auto: what config.json says"),
     ("--timed",          int,          12,        "problems decoded alone (batch 1), every checkpoint in turn, for time to answer"),
     ("--seed",           int,          1234,      "of the problems and the sampling"),
