@@ -1200,8 +1200,7 @@ def read_weights(path):
                 "finish the stage that writes it, or the download"
             )
 
-        # a file that was cut off says so itself; a quantised one, or one of a run that diverged,
-        # not
+        # a file that was cut off says so itself; one of quantised or diverged weights does not
         try:
             weights |= load_file(file)
         except SafetensorError as error:
@@ -1503,8 +1502,8 @@ def option_texts(options):
 
 def choice_problem(place, question, options, answer):
     """Multiple choice; the answer is an option's text, its letter ('(B)', 'b', 'B.') or index."""
-    labels = options.get("label", options) if isinstance(options, dict) else ()  # need not be letters
-    labels = [str(label) for label in labels]
+    # an option's own label need not be a letter
+    labels = [str(x) for x in options.get("label", options)] if isinstance(options, dict) else []
     options = option_texts(options)
     listed = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
     key = re.fullmatch(r"\(?([A-Z])[).:]?", str(answer).strip(), re.I)
@@ -1519,7 +1518,7 @@ def choice_problem(place, question, options, answer):
     else:
         index = float(answer) if re.fullmatch(r"\d+(\.0*)?", str(answer).strip()) else len(options)
 
-    # an answer that points at nothing would make every response wrong
+    # what names no option is a mistake in the data, not a letter of its own
     if index >= len(options):
         raise UserError(
             f"{place}: the answer {answer!r} is none of the options; expected text, letter or index"
@@ -1558,7 +1557,7 @@ def read_problem(name, number, row, question_column, answer_column):
         )
     answer = (last_boxed(answer) or answer).strip()
 
-    # a single capital letter is the key of options that the question itself lists
+    # a letter alone is a choice whose options stand in the question
     letter = re.fullmatch(rf"(?:{FONT}\{{)?\(([A-Z])\)\}}?|([A-Z])", answer)
     if letter:
         return Problem("choice", question.strip(), letter[1] or letter[2])
@@ -1585,8 +1584,7 @@ def read_problems(name, question_column="", answer_column=""):
     return problems
 
 
-# Spellings that math-verify cannot read, as ones that it can: (pattern, replacement), in this
-# order.
+# Spellings that math-verify cannot read, as ones that it can: (pattern, replacement), in order.
 UNICODE = {"°": r"^\circ", "²": "^{2}", "³": "^{3}", "×": r"\times ", "·": r"\cdot ", "−": "-", "–": "-"}
 UNICODE |= {"≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup "}
 UNICODE |= {"∅": r"\emptyset ", "∈": r"\in ", "…": r"\ldots ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}"}
@@ -1623,7 +1621,7 @@ EQUALS = re.compile(r"(?<![<>!])=")
 
 
 def as_latex(text):
-    r"""An answer as math-verify reads it: '4.5e33 kg' -> '4.5 \times 10^{33}'."""
+    r"""An answer as math-verify reads it: '4.5e3 kg' -> '4.5 \times 10^{3}', '√2' -> '\sqrt{2}'."""
     for pattern, replacement in SPELLINGS:
         text = re.sub(pattern, replacement, text)
     return text.strip()
@@ -1679,7 +1677,8 @@ def same_math(boxed, answer):
 
     if len(boxed) > 1000:
         return False
-    gold, given = as_latex(answer), as_latex(boxed)
+    gold = as_latex(answer)
+    given = as_latex(boxed)
     if as_word(gold) == as_word(given):
         return bool(given)
     if LITERAL.fullmatch(gold) or LITERAL.fullmatch(given):
@@ -1708,14 +1707,15 @@ def same_math(boxed, answer):
             if not same or all(value.is_number for value in values):
                 return same
         except TimeoutException:
-            return False
+            return False  # as 9^9^9^9 is
         except (TypeError, ValueError, OverflowError):
             pass
     return verify(*parsed, timeout_seconds=5, allow_set_relation_comp=True)
 
 
 def same_choice(boxed, answer):
-    r"""The letter, whatever stands around it: '(B)', '\text{B}.', 'b', 'B: 2 apples' -> B."""
+    r"""The letter itself, whatever is around it: '(B)', '\text{B}.', 'b', 'B: 2 apples' -> B."""
+    # commands and braces go; after the letter any text may follow, but no other letter to choose
     text = re.sub(r"\\(?:[a-zA-Z]+|.)|[${}*]", " ", boxed)
     letter = r"(?:option|choice|answer)?[\s:]*(?:\(\s*([a-z])\s*\)|([a-z])\s*(?:[).:]|$))(.*)"
     match = re.fullmatch(letter, text.strip(), re.I | re.S)

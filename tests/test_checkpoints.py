@@ -151,10 +151,11 @@ def test_other_architectures_are_refused_by_name(folder, changes, message):
 
 
 @pytest.mark.parametrize("value", ["absent", None])
-def test_the_tokenizer_says_what_ends_a_turn_where_config_json_does_not(folder, plain_tokenizer, value):
-    change(folder / "config.json", eos_token_id=value)
-    change(folder / "generation_config.json", eos_token_id=value)
-    assert stage0.load(folder)[0].config.eos_token_id == plain_tokenizer.eos_token_id
+def test_the_tokenizer_says_what_ends_a_turn_where_config_json_does_not(tmp_path, tok, value):
+    real_checkpoint(tmp_path, tok)
+    change(tmp_path / "config.json", eos_token_id=value)
+    change(tmp_path / "generation_config.json", eos_token_id=value)
+    assert stage0.load(tmp_path)[0].config.eos_token_id == tok.eos_token_id != 2  # 2 is the tiny base's
 
 
 def test_a_tokenizer_without_an_end_of_turn_is_refused(folder):
