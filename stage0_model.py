@@ -1369,7 +1369,8 @@ def read_jsonl(path):
 
 def made_with(path):
     """The arguments of the run that made the checkpoint at path; {} where they are not known."""
-    return read_object(Path(path) / "args.json")
+    file = Path(path) / "args.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def print_inherited(path):
