@@ -170,6 +170,7 @@ def sampled_rows(args, run, model, tokenizer, data, format_prompt):
             args.keep_wrong,
             parallel=TAGS[0] in tokenizer.get_vocab() and not args.sequential,
         )
+        # a file of a few hundred lines is written anew each time
         parts.append({"records": records, "reasons": reasons})
         if run.writes:
             write_text(kept, "".join(json.dumps(part) + "\n" for part in parts))
