@@ -27,7 +27,8 @@ import shutil
 import sys
 import textwrap
 import time
-from collections import deque
+from argparse import ArgumentTypeError
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,14 +41,24 @@ from tqdm import tqdm
 from stage0_model import (
     UserError,
     load,
-    made_with,
     pick_device,
     prompt_ids,
     read_arguments,
+    read_object,
     read_prompt,
     run_main,
 )
 from stage0_model import attention, bucket, pad_rows, uses_flex, visibility, visible_mask
+from stage0_model import (
+    device_name,
+    natural_int,
+    nonempty,
+    not_negative,
+    positive_float,
+    positive_fraction,
+    positive_int,
+    seed_int,
+)  # ranges
 
 try:
     import triton
@@ -104,7 +115,9 @@ def layout(ids, tag_ids, prompt_len=0):
     plain trunk even where they quote tags.  A response cut off anywhere has a layout: an unclosed
     branch ends where the next `<step>` begins.  Raises MalformedTrajectory at a tag that the
     grammar does not allow, unless the response (or, inside a block, the branch) was cut off right
-    there.
+    there.  It is the engine's layout for every rollout whose steps open without white space ahead
+    of `<step>`; where a foreign model writes some, and its block was cut off, that white space is
+    taken for the end of the branch before.
 
     With g = <guideline>, /g = </guideline>, s, /s, t for step and takeaway:
     ids      [g /g s  x /s s  y  z /s t]
@@ -140,8 +153,9 @@ def layout(ids, tag_ids, prompt_len=0):
     # one ahead of it has closed.  Separators between steps belong to the step that follows.
     for i in tags[tags >= prompt_len].tolist():
         tag = tag_of[int(ids[i])]
-        if (state, tag) not in GRAMMAR:
-            if i == T - 1 or (state == "step" and ids[i + 1] == tag_ids["<step>"]):
+        ends = i == T - 1 or (state == "step" and ids[i + 1] == tag_ids["<step>"])
+        if (state, tag) not in GRAMMAR or (ends and (state, tag) == ("step", "<step>")):
+            if ends:
                 continue  # the violation that ended this response, or this branch
             raise MalformedTrajectory(i, f"{tag} is not allowed here (state: {state})")
 
@@ -596,6 +610,7 @@ class Engine:
         self,
         prompts,
         n=1,
+        copies=None,
         parallel=True,
         max_new_tokens=1024,
         # sampling: the defaults are the policy itself, which is what training needs
@@ -613,13 +628,25 @@ class Engine:
         max_new_tokens counts every token of every branch, and the forced ones.  temperature 0 is
         greedy. step_repetition_penalty divides positive (multiplies negative) logits of tokens that
         the same branch already holds (paper: 1.02).  A response depends on seed, its prompt and its
-        number among the samples of that prompt, and on nothing else in the call.  Raises UserError
-        when a request cannot fit the KV budget, or when the tokenizer lacks the tags in parallel
-        mode.
+        number among the samples of that prompt, and on nothing else in the call.  copies: of every
+        prompt, how many equal ones have been sampled elsewhere (in a call before, on another rank),
+        so that its samples differ from theirs; default: counted in this call.  Raises UserError
+        when a number is out of range, when a request cannot fit the KV budget, or when the tokenizer
+        lacks the tags in parallel mode.
         """
         began = time.time()
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        for name, kind, value in (
+            *(("n", positive_int, n), ("max_new_tokens", positive_int, max_new_tokens)),
+            *(("temperature", not_negative, temperature), ("top_p", positive_fraction, top_p)),
+            *(("top_k", natural_int, top_k), ("seed", seed_int, seed)),
+            ("max_branches", positive_int, max_branches),
+            ("step_repetition_penalty", positive_float, step_repetition_penalty),
+        ):
+            # the same ranges as the flags have, for people who call this from Python
+            try:
+                kind(value)
+            except ArgumentTypeError as error:
+                raise UserError(f"{name} is {error}")
 
         # what the requests may do, and how their tokens are drawn
         rules = Rules(
@@ -636,8 +663,8 @@ class Engine:
         # A request's random numbers are seeded by its prompt and its number among that prompt's
         # samples, so neither its neighbours nor its place in the list can change what it says.
         requests = []
-        copies = {}
-        for prompt in prompts:
+        seen = Counter()
+        for prompt, copy in zip(prompts, copies or itertools.repeat(None)):
             if not prompt:
                 raise UserError("an empty prompt: every request needs at least one prompt token")
             if len(prompt) + max_new_tokens > kv_tokens:
@@ -648,9 +675,10 @@ class Engine:
 
             # n samples, each with a stream of its own
             digest = hashlib.sha256(np.asarray(prompt, dtype=np.int64).tobytes()).digest()
-            for _ in range(n):
-                copies[digest] = copies.get(digest, -1) + 1
-                stream = np.random.default_rng([seed, int.from_bytes(digest[:8], "little"), copies[digest]])
+            first = n * (seen[digest] if copy is None else copy)
+            seen[digest] += 1
+            for number in range(first, first + n):
+                stream = np.random.default_rng([seed, int.from_bytes(digest[:8], "little"), number])
                 uniforms = stream.random(max_new_tokens, dtype=np.float32)
                 requests.append(Request(len(requests), tuple(prompt), rules, uniforms))
 
@@ -663,9 +691,9 @@ class Engine:
         self.runner.cut(rows, longest)
 
         # Step until nobody waits and nobody runs; whatever happens, every slot is free again.
-        self.waiting.extend(requests)
         bar = tqdm(total=len(requests), desc="rollout", unit="seq", leave=False, disable=not progress)
         try:
+            self.waiting = deque(requests)
             while self.waiting or self.active:
                 bar.update(self.step())
         finally:
@@ -1096,13 +1124,13 @@ class LiveEngine(Engine):
 
 # fmt: off
 ARGUMENTS = (
-    ("question",         str,   None,         "the question, as the problems of stage 0 write it"),
-    ("--init",           str,   "out/stage3", "checkpoint folder or hub name, of stage 2 or 3"),
-    ("--prompt-file",    str,   "",           "text that asks for the format; by default the checkpoint's own"),
-    ("--temperature",    float, 0.0,          "0 is greedy"),
-    ("--max-new-tokens", int,   1024,         "budget, all branches together"),
-    ("--seed",           int,   0,            "of the sampling"),
-    ("--device",         str,   "auto",       "auto, cpu, cuda"),
+    ("question",         nonempty,     None,         "the question, as the problems of stage 0 write it"),
+    ("--init",           nonempty,     "out/stage3", "checkpoint folder or hub name, of stage 2 or 3"),
+    ("--prompt-file",    str,          "",           "text that asks for the format; by default the checkpoint's own"),
+    ("--temperature",    not_negative, 0.0,          "0 is greedy"),
+    ("--max-new-tokens", positive_int, 1024,         "budget, all branches together"),
+    ("--seed",           seed_int,     0,            "of the sampling"),
+    ("--device",         device_name,  "auto",       "auto, cpu, cuda"),
 )
 # fmt: on
 
@@ -1117,7 +1145,7 @@ def main():
     engine = (LiveEngine if live else Engine)(model, tokenizer)
 
     # A checkpoint from elsewhere has never seen the prompt of the made problems.
-    system = read_prompt(args.prompt_file, not made_with(args.init), args.init)
+    system = read_prompt(args.prompt_file, not read_object(f"{args.init}/args.json"), args.init)
     prompt = prompt_ids(tokenizer, args.question, system)
     [[rollout]] = engine.generate(
         [prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed

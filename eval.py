@@ -14,10 +14,11 @@ The README's glossary explains the metrics; docs/figures.py makes pictures and t
 """
 
 import html
+import itertools
 import json
-import re
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np  # torch decodes, numpy counts
 import torch
@@ -29,13 +30,30 @@ from stage0_model import (
     PLAIN_PROMPT,
     REAL_PLAIN_PROMPT,
     last_boxed,
-    made_with,
     prompt_ids,
     read_problems,
     read_prompt,
 )  # any
-from stage0_model import DTYPES, from_all_ranks, load, my_share, pick_device, ranks, response_text  # models
-from stage0_model import UserError, read_arguments, run_main, write_atomic  # the run
+from stage0_model import ANY_TAG, DTYPES, from_all_ranks, load, my_share, pick_device, ranks  # models
+from stage0_model import checkpoint_folder, fingerprint, response_text  # models
+from stage0_model import (
+    UserError,
+    hold,
+    read_arguments,
+    read_jsonl,
+    read_object,
+    run_main,
+    write_text,
+)  # the run
+from stage0_model import (
+    device_name,
+    natural_int,
+    nonempty,
+    not_negative,
+    positive_fraction,
+    positive_int,
+    seed_int,
+)  # flags
 from stage1_zero import parse_response
 
 # ==================================================================================================
@@ -161,8 +179,8 @@ def modes_of(spec):
         path, mode = spec, ""
     if mode not in ("", "plain", "format", "parallel"):
         raise UserError(f"{spec}: unknown mode {mode!r}, expected one of plain, format, parallel")
-    made = made_with(path)
-    vocabulary = next((file.read_text() for file in Path(path).glob("tokenizer.json")), "")
+    made = read_object(Path(path) / "args.json")
+    vocabulary = next((file.read_text("utf-8") for file in Path(path).glob("tokenizer.json")), "")
 
     # Tags that are tokens, unless it is a twin: parallel.  Trained on top of something: not a base.
     modes = ["format"] if "init" in made else ["plain", "format"]
@@ -189,6 +207,7 @@ def decode(engine, problems, mode, args, k=1, temperature=1.0, progress=True):
         engine.generate(
             prompts,
             n=k,
+            copies=[p.copy for p in my_share(problems)],
             parallel=mode == "parallel",
             max_new_tokens=args.max_new_tokens,
             temperature=temperature,
@@ -231,6 +250,64 @@ def agreement(engine, problems, mode, args, rollouts, most=200):
     return worst
 
 
+def judged_rows(engine, path, mode, name, problems, args, k=1, temperature=0.0):
+    """A checkpoint's rows on one set of problems, as of `judge_all`.
+
+    They are kept in <out>/<name>/<checkpoint>=<mode>.jsonl, after a line of settings: a run killed
+    and begun again with the same settings goes on where it was, one with others begins anew and
+    leaves the old file beside the new one.
+    """
+    path = str(Path(path))
+    settings = {
+        "k": k,
+        "temperature": temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+        # what is judged, and on what, by content: it may be trained anew behind the same path
+        "checkpoint": path,
+        "mode": mode,
+        "dtype": args.dtype,
+        "weights": fingerprint(checkpoint_folder(path)),
+        "problems": fingerprint(problems),
+        "prompt": system_prompt(engine, mode, args),
+    }
+
+    # Problems are written in order, k rows each.  What follows a row that a kill cut off, or that
+    # is damaged, is done again.
+    file = Path(args.out) / name / f"{quote(path, safe='')}={mode}.jsonl"
+    there, *rows = read_jsonl(file) or [settings]
+    if there != settings:
+        if ranks()[0] == 0:
+            names = (file.with_suffix(f".old-{n}") for n in itertools.count(1))
+            file.rename(next(name for name in names if not name.exists()))
+        rows = []
+    kept = [i for i, row in enumerate(rows) if row.get("number") == i // k]
+    done = next((i for i, number in enumerate([*kept, -1]) if i != number), 0) // k
+    rows = rows[: done * k]
+    from_all_ranks([])  # every rank has read the file before it is put in order
+    write(file, "".join(json.dumps(line) + "\n" for line in [settings, *rows]))
+
+    # Between two writes there are as many problems as keep the engine busy.
+    kept = f", {done} kept" if done else ""
+    print(f"{path} ({mode}): {len(problems)} problems of {name}, {k} samples each{kept}")
+    size = max(1, (64 if args.bench else 512) // k) * ranks()[1]
+    for first in tqdm(range(done, len(problems), size), desc=name):
+        began = time.time()
+        chosen = problems[first : first + size]
+        rollouts = decode(engine, chosen, mode, args, k, temperature)
+        more = {"seconds": round((time.time() - began) / len(chosen) / k, 6), "logprob_gap": 0.0}
+        if first == 0:
+            more["logprob_gap"] = agreement(engine, chosen, mode, args, rollouts)
+        for i, fresh in enumerate(judge_all(chosen, rollouts, engine.tokenizer), first):
+            rows += [{"number": i, **row, **more} for row in fresh]
+        # Appended: a file of long responses is too long to be written anew each time.
+        if ranks()[0] == 0:
+            with open(file, "a", encoding="utf-8") as responses:
+                responses.writelines(json.dumps(row) + "\n" for row in rows[first * k :])
+    return [rows[i : i + k] for i in range(0, len(rows), k)]
+
+
 def judge_checkpoint(path, mode, problems, args, device):
     """Judge a checkpoint in a mode: all problems k times at --temperature, the first ones greedily.
 
@@ -238,38 +315,32 @@ def judge_checkpoint(path, mode, problems, args, device):
     as of `judge_all`.  The greedy responses of a parallel checkpoint are written to trace.html.
     """
     engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
-    print(
-        f"{path} ({mode}): {len(problems)} problems of {args.split}, {args.k} samples each, "
-        f"then the first {min(args.greedy, args.n)} greedily"
-    )
-    began = time.time()
-    rollouts = decode(engine, problems, mode, args, args.k, args.temperature)
-    speed = sum(len(r.ids) for rs in rollouts for r in rs) / (time.time() - began)
-    greedy = decode(engine, problems[: args.greedy], mode, args, temperature=0.0)
+    judged = judged_rows(engine, path, mode, args.split, problems, args, args.k, args.temperature)
+    greedy = judged_rows(engine, path, mode, f"{args.split}-greedy", problems[: args.greedy], args)
 
     # What parallel thought can do differs by kind of problem, so each is measured by itself too.
-    judged = judge_all(problems, rollouts, engine.tokenizer)
+    flat = sum(judged, [])  # the rows of all problems
     result = {
         "checkpoint": path,
         "mode": mode,
         **measure(judged),
-        "tokens/s": speed,  # of the whole batch
+        "tokens/s": sum(row["tokens"] for row in flat) / sum(row["seconds"] for row in flat),
         "kinds": {
             kind: measure([rows for rows in judged if rows[0]["kind"] == kind])
             for kind in dict.fromkeys(p.kind for p in problems)
         },
-        "greedy": measure(judge_all(problems, greedy, engine.tokenizer))["accuracy"],
-        "logprob gap": agreement(engine, problems, mode, args, rollouts),
+        "greedy": measure(greedy)["accuracy"],
+        "logprob gap": max(row["logprob_gap"] for row in flat),
     }
 
     # Two problems of each kind are enough to look at.
     if mode == "parallel":
         traces = [
             (
-                f"{p.question}   ({path}: {len(r.ids)} tokens, critical path {r.critical_path})",
-                response_text(engine.tokenizer, r.ids),
+                f"{row['problem']}   ({path}: {row['tokens']} tokens, critical path {row['critical_path']})",
+                row["response"],
             )
-            for p, [r] in list(zip(problems, greedy))[: 2 * len(KINDS)]
+            for [row] in greedy[: 2 * len(KINDS)]
         ]
         write(Path(args.out) / "trace.html", trace_page(traces))
     return (engine, mode), result, judged
@@ -371,7 +442,7 @@ def table(rows):
 def write(path, text):
     """Rank 0 writes a whole file, or none."""
     if ranks()[0] == 0:
-        write_atomic(path, lambda file: file.write_text(text))
+        write_text(path, text)
 
 
 def publish(text, path, args, device, **results):
@@ -381,6 +452,14 @@ def publish(text, path, args, device, **results):
     settings = {"args": vars(args), "torch": torch.__version__, "device": str(device)}
     write(path.with_suffix(".json"), json.dumps(settings | results, indent=2) + "\n")
 
+
+# How the files that are written begin: another that has such a name is not written over.
+REPORTS = {
+    "eval.json": '{\n  "args"',
+    "bench.json": '{\n  "args"',
+    "responses.jsonl": '{"checkpoint"',
+    "trace.html": "<!doctype html><meta charset=utf-8><title>Native parallel traces",
+}
 
 # The paper's eight: file in --bench-dir, else hub name.  ZebraLogic's public version has its
 # solutions masked.
@@ -397,24 +476,24 @@ BENCHES = {
 
 # fmt: off
 ARGUMENTS = (
-    ("checkpoints",      str,          None,      "folders or hub names, each optionally with =plain, =format or =parallel", {"nargs": "+"}),
-    ("--out",            str,          "out",     "folder for eval.json, eval.txt, responses.jsonl and trace.html"),
-    ("--kind",           KIND_CHOICES, "all",     "problems to judge on"),
-    ("--split",          SPLITS,       "heldout", "tune is for choosing settings, heldout for reporting"),
-    ("--n",              int,          1002,      "problems, all kinds together"),
-    ("--k",              int,          1,         "samples per problem at --temperature"),
-    ("--temperature",    float,        1.0,       "of the sampled columns; a greedy column stands beside them"),
-    ("--greedy",         int,          501,       "how many of the problems are decoded greedily too"),
-    ("--max-new-tokens", int,          640,       "response budget in tokens, all branches together"),
-    ("--top-p",          float,        1.0,       "sample from the smallest set of tokens with this probability (paper: 0.7)"),
-    ("--bench",          BENCHES,      [],        "judge on these real benchmarks instead of made problems", {"nargs": "+"}),
-    ("--bench-dir",      str,          "",        "folder with their files; a benchmark without a file there comes from the hub"),
-    ("--first",          int,          0,         "only so many problems of each benchmark, 0 for all"),
-    ("--prompt-file",    str,          "",        "text that asks for the format; default: the checkpoint's own, or assets/format_prompt.txt"),
-    ("--dtype",          DTYPES,       "auto",    "of the weights; auto: what config.json says"),
-    ("--timed",          int,          12,        "problems decoded alone (batch 1), every checkpoint in turn, for time to answer"),
-    ("--seed",           int,          1234,      "of the problems and the sampling"),
-    ("--device",         str,          "auto",    "auto, cpu, cuda, cuda:1 .."),
+    ("checkpoints",      nonempty,          None,      "folders or hub names, each optionally with =plain, =format or =parallel", {"nargs": "+"}),
+    ("--out",            nonempty,          "out",     "folder for eval.json, eval.txt, responses.jsonl and trace.html"),
+    ("--kind",           KIND_CHOICES,      "all",     "problems to judge on"),
+    ("--split",          SPLITS,            "heldout", "tune is for choosing settings, heldout for reporting"),
+    ("--n",              positive_int,      1002,      "problems, all kinds together"),
+    ("--k",              positive_int,      1,         "samples per problem at --temperature"),
+    ("--temperature",    not_negative,      1.0,       "of the sampled columns; a greedy column stands beside them"),
+    ("--greedy",         positive_int,      501,       "how many of the problems are decoded greedily too"),
+    ("--max-new-tokens", positive_int,      640,       "response budget in tokens, all branches together"),
+    ("--top-p",          positive_fraction, 1.0,       "sample from the smallest set of tokens with this probability (paper: 0.7)"),
+    ("--bench",          BENCHES,           [],        "judge on these real benchmarks instead of made problems", {"nargs": "+"}),
+    ("--bench-dir",      str,               "",        "folder with their files; a benchmark without a file there comes from the hub"),
+    ("--first",          natural_int,       0,         "only so many problems of each benchmark, 0 for all"),
+    ("--prompt-file",    str,               "",        "text that asks for the format; default: the checkpoint's own, or assets/format_prompt.txt"),
+    ("--dtype",          DTYPES,            "auto",    "of the weights; auto: what config.json says"),
+    ("--timed",          natural_int,       12,        "problems decoded alone (batch 1), every checkpoint in turn, for time to answer"),
+    ("--seed",           seed_int,          1234,      "of the problems and the sampling"),
+    ("--device",         device_name,       "auto",    "auto, cpu, cuda, cuda:1 .."),
 )
 # fmt: on
 
@@ -426,13 +505,21 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    Path(args.out).mkdir(parents=True, exist_ok=True)  # or fail now, not after an hour
+    pairs = [pair for spec in args.checkpoints for pair in modes_of(spec)]
+    for path, _ in pairs:
+        checkpoint_folder(path)  # fail now, not after an hour
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    if ranks()[0] == 0:
+        hold(Path(args.out).resolve())
+    for name, start in REPORTS.items():
+        file = Path(args.out) / name
+        if file.is_file() and not file.read_bytes().startswith(start.encode()):
+            raise UserError(f"{file} was not written by this script; give --out another folder")
     if args.bench:
         return run_benches(args, device)
 
     # ---- judge: every checkpoint in every mode it is made for, all on the same problems ----
     problems = make_problems(args.kind, args.split, args.n, args.seed)
-    pairs = [pair for spec in args.checkpoints for pair in modes_of(spec)]
     judgements = [judge_checkpoint(path, mode, problems, args, device) for path, mode in pairs]
     contestants, results, judged = zip(*judgements)
     compare(results, judged)
@@ -464,55 +551,6 @@ def main():
 # ==================================================================================================
 
 
-def bench_rows(engine, path, mode, name, problems, args):
-    """A checkpoint's rows on one benchmark, as of `judge_all`.
-
-    They are kept in <out>/<bench>/<checkpoint>=<mode>.jsonl, after a line of settings: a run killed
-    and begun again with the same settings goes on where it was, one with others begins anew.
-    """
-    files = Path(path).glob("*.safetensors")
-    settings = {
-        "k": args.k,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
-        "checkpoint": path,
-        "mode": mode,
-        # Files of another size or date: it was trained anew.
-        "weights": sorted((f.name, f.stat().st_size, int(f.stat().st_mtime)) for f in files),
-        "problems": len(problems),
-        "prompt": system_prompt(engine, mode, args),
-    }
-
-    # Problems are written in order, k rows each.  The last line is empty, or was cut off by a kill;
-    # then the last problem has fewer than k rows, and is done again.
-    file = Path(args.out) / name / f"{path.strip('/').replace('/', '_')}={mode}.jsonl"
-    lines = file.read_text().split("\n") if file.is_file() else [""]
-    rows = [json.loads(line) for line in lines[1:-1]] if lines[0] == json.dumps(settings) else []
-    done = len(rows) // args.k
-    rows = rows[: done * args.k]
-    write(file, "".join(json.dumps(line) + "\n" for line in [settings, *rows]))
-    from_all_ranks([])  # nobody goes on before the file is in order
-
-    # Between two writes there are as many problems as keep the engine busy.
-    kept = f", {done} kept" if done else ""
-    print(f"{path} ({mode}): {len(problems)} problems of {name}, {args.k} samples each{kept}")
-    size = max(1, 64 // args.k) * ranks()[1]
-    for first in tqdm(range(done, len(problems), size), desc=name):
-        began = time.time()
-        chosen = problems[first : first + size]
-        rollouts = decode(engine, chosen, mode, args, args.k, args.temperature)
-        seconds = round((time.time() - began) / len(chosen) / args.k, 4)
-        for i, fresh in enumerate(judge_all(chosen, rollouts, engine.tokenizer), first):
-            rows += [{"number": i, **row, "seconds": seconds} for row in fresh]
-        # Appended: a file of long responses is too long to be written anew each time.
-        if ranks()[0] == 0:
-            with open(file, "a") as responses:
-                responses.writelines(json.dumps(row) + "\n" for row in rows[first * args.k :])
-    return [rows[i : i + args.k] for i in range(0, len(rows), args.k)]
-
-
 def run_benches(args, device):
     """Every checkpoint on every benchmark of --bench: responses, a table, and <out>/bench.json."""
     sets = {}
@@ -531,7 +569,7 @@ def run_benches(args, device):
         # What parallel decoding has to beat is the same weights decoding sequentially.
         contestants = [(engine, mode), (engine, "format")] if mode == "parallel" else [(engine, mode)]
         for name, problems in sets.items():
-            judged = bench_rows(engine, path, mode, name, problems, args)
+            judged = judged_rows(engine, path, mode, name, problems, args, args.k, args.temperature)
             flat = sum(judged, [])  # the rows of all problems
             times = time_to_answer(contestants, problems, args)
             result = {
@@ -571,6 +609,24 @@ def run_benches(args, device):
 # ==================================================================================================
 
 
+def spans_of(text):
+    """A response as [name, texts] pairs: a guideline's plans, a block's steps, all else by itself.
+    Nothing of the text is lost, however broken, and each piece is looked at once.
+
+    '<step>1:a</step><step>2:b</step> c' -> [['step', ['1:a', '2:b']], ['final', [' c']]]
+    """
+    spans = []
+    for tag, piece in zip(["", *ANY_TAG.findall(text)], ANY_TAG.split(text)):
+        name = {"<plan>": "guideline", "</plan>": "guideline"}.get(tag, tag.strip("<>"))
+        name = "final" if name.startswith("/") or not name else name
+        # white space between tags is no text; neighbours of one kind belong together
+        if spans and spans[-1][0] == name and piece.strip():
+            spans[-1][1].append(piece)
+        elif piece.strip():
+            spans.append([name, [piece]])
+    return spans
+
+
 def trace_page(traces):
     """A self-contained HTML page of (title, text) pairs: each trace's trunk in full width, the
     steps of a block side by side.
@@ -586,21 +642,16 @@ def trace_page(traces):
         ".takeaway{background:#232}.step{background:#332a18}.final{background:#222}}"
     )
     page = [f"<!doctype html><meta charset=utf-8><title>Native parallel traces</title><style>{style}</style>"]
-    # What lies between the blocks is a span too: the text before, and the answer.
-    spans = r"<guideline>.*?</guideline>|(?:<step>.*?</step>)+|<takeaway>.*?</takeaway>|[^<]+"
     for title, text in traces:
         page.append(f"<h3>{html.escape(title)}</h3>")
-        for span in re.findall(spans, text, re.S):
-            # Steps become columns; a guideline is shown as its plans, all else as bare text.
-            name = re.match(r"<(\w+)>|", span)[1]
+        for name, texts in spans_of(text):
+            # Steps become columns; a guideline is shown as its plans, one a line.
             if name == "step":
-                steps = map(html.escape, re.findall(r"<step>(.*?)</step>", span, re.S))
-                columns = "".join(f"<div class=step><pre>{step}</pre></div>" for step in steps)
+                columns = "".join(f"<div class=step><pre>{html.escape(t)}</pre></div>" for t in texts)
                 page.append(f"<div class=steps>{columns}</div>")
             else:
-                plans = "\n".join(re.findall(r"<plan>(.*?)</plan>", span, re.S))
-                bare = html.escape(plans or re.sub(r"</?\w+>", "", span))
-                page.append(f"<div class={name or 'final'}><pre>{bare}</pre></div>")
+                bare = html.escape("\n".join(texts))
+                page.append(f"<div class={name}><pre>{bare}</pre></div>")
     return "\n".join(page) + "\n"
 
 

@@ -17,6 +17,8 @@ tips or query rows of a tile, R KV rows, Q new tokens of a row, S slots, W split
 
 import argparse
 import ast  # model text is parsed with it, never evaluated
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -26,7 +28,8 @@ import math
 import os
 import random
 import re
-import shutil  # a run that starts afresh clears its folder
+import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -446,12 +449,14 @@ class Problem:
 
     kind: of KINDS, or of JUDGES for a real problem.
     parts: what the solution writer needs to know about it.
+    copy: how many times the same question stands ahead of it in its data set.
     """
 
     kind: str
     question: str
     answer: str
     parts: dict = field(repr=False, default_factory=dict)
+    copy: int = 0
 
     def verify(self, response):
         r"""True if the last `\boxed{}` after the last block is a right answer.
@@ -689,14 +694,14 @@ def make_problems(kind, split, n, seed):
     """n distinct seeded problems: same arguments, same problems.
 
     kind: one of KINDS, or 'all' for equal shares of each; split: one of SPLITS.
-    Raises ValueError for an unknown kind or split, or when the kind has no n distinct problems.
+    Raises ValueError for an unknown kind or split, UserError when the kind has no n distinct problems.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     kinds = KINDS if kind == "all" else (kind,)
     rng = random.Random(f"{kind}/{split}/{seed}")
     problems = {}  # by question
-    for _ in range(1001 + 100 * n):
+    for _ in range(1001 + 100 * n if n <= 10**6 else 0):  # a million is more than any kind has
         if len(problems) == n:
             return list(problems.values())
 
@@ -704,7 +709,7 @@ def make_problems(kind, split, n, seed):
         problem = draw_problem(kinds[len(problems) % len(kinds)], rng, hard=split == "hard")
         if split == "hard" or split_of(problem.question) == split:
             problems.setdefault(problem.question, problem)
-    raise ValueError(f"{kind}/{split} has no {n} distinct problems")
+    raise UserError(f"{kind}/{split} has no {n} distinct problems; ask for fewer")
 
 
 # ==================================================================================================
@@ -922,29 +927,74 @@ def corpus_batches(tokenizer, args, step):
         yield ids, mask
 
 
+# ---- flags: what may be given to them, in all scripts ----
+
+
+def flag_type(read, fits, allowed):
+    """A type of `read_arguments`: what read(text) gives, if it fits; allowed: what does, in words."""
+
+    def value_of(text):
+        with contextlib.suppress(ValueError):
+            value = read(str(text))
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{str(text)[:40]!r}, expected {allowed}")
+
+    return value_of
+
+
+# The types of all flags that are numbers or paths, and of what `Engine.generate` takes.  NaN and
+# infinities fail every comparison with two ends.
+positive_int = flag_type(int, lambda x: 1 <= x < 2**31, "a whole number from 1")
+natural_int = flag_type(int, lambda x: 0 <= x < 2**31, "a whole number from 0")
+group_int = flag_type(int, lambda x: 2 <= x < 2**31, "a whole number from 2: a group is compared")
+seed_int = flag_type(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
+fraction = flag_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+positive_fraction = flag_type(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+positive_float = flag_type(float, lambda x: 0 < x <= 1e12, "a finite number above 0")
+not_negative = flag_type(float, lambda x: 0 <= x <= 1e12, "a finite number from 0")
+nonempty = flag_type(str, lambda x: x.strip() and "\0" not in x, "some text")
+device_name = flag_type(str, re.compile(r"auto|cpu|cuda(:\d{1,2})?").fullmatch, "auto, cpu, cuda, cuda:1 ..")
+
+OVERWRITE = (
+    "--overwrite",
+    bool,
+    False,
+    "move what another run left in --out to <out>.old-1, .. and begin anew",
+)
+
+
 # fmt: off
 ARGUMENTS = (
-    ("--out",             str,   "out/stage0", "folder to write the checkpoint to"),
-    ("--steps",           int,   2400,         "optimizer steps"),
-    ("--batch-tokens",    int,   4_096,        "tokens per optimizer step, prompts included"),
-    ("--micro-batches",   int,   3,            "parts of a step, by document length: two leave 24 %% of padding, three 15 %%"),
-    ("--lr",              float, 3e-3,         "AdamW learning rate (embeddings and norms)"),
-    ("--muon-lr",         float, 4e-3,         "Muon learning rate (matrices)"),
-    ("--warmdown",        float, 0.3,          "share of the steps over which the rate falls to zero at the end"),
-    ("--slip",            float, 0.06,         "probability that a single result in the corpus is wrong"),
-    ("--valid-share",     float, 0.25,         "share of format-asking documents that are perfect"),
-    ("--malformed-share", float, 0.15,         "share of format-asking documents that nearly are"),
-    ("--hidden-size",     int,   128,          "width of the model, C"),
-    ("--layers",          int,   4,            "number of decoder layers"),
-    ("--save-every",      int,   200,          "steps between resume points"),
-    ("--seed",            int,   0,            "seed of weights and data"),
-    ("--device",          str,   "auto",       "auto, cpu, cuda, cuda:1 .."),
+    ("--out",             nonempty,       "out/stage0", "folder to write the checkpoint to"),
+    ("--steps",           positive_int,   2400,         "optimizer steps"),
+    ("--batch-tokens",    positive_int,   4_096,        "tokens per optimizer step, prompts included"),
+    ("--micro-batches",   positive_int,   3,            "parts of a step, by document length: two leave 24 %% of padding, three 15 %%"),
+    ("--lr",              positive_float, 3e-3,         "AdamW learning rate (embeddings and norms)"),
+    ("--muon-lr",         not_negative,   4e-3,         "Muon learning rate (matrices)"),
+    ("--warmdown",        fraction,       0.3,          "share of the steps over which the rate falls to zero at the end"),
+    ("--slip",            fraction,       0.06,         "probability that a single result in the corpus is wrong"),
+    ("--valid-share",     fraction,       0.25,         "share of format-asking documents that are perfect"),
+    ("--malformed-share", fraction,       0.15,         "share of format-asking documents that nearly are"),
+    ("--hidden-size",     positive_int,   128,          "width of the model, C: a multiple of 64"),
+    ("--layers",          positive_int,   4,            "number of decoder layers"),
+    ("--save-every",      positive_int,   200,          "steps between resume points"),
+    ("--seed",            seed_int,       0,            "seed of weights and data"),
+    ("--device",          device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
+    OVERWRITE,
 )
 # fmt: on
 
 
 def parse_args(argv=None):
-    return read_arguments(__doc__, ARGUMENTS, argv)
+    args = read_arguments(__doc__, ARGUMENTS, argv)
+    if args.hidden_size % 64:
+        raise UserError(
+            f"--hidden-size {args.hidden_size}: expected a multiple of 64: heads are of 32, in pairs"
+        )
+    if args.valid_share + args.malformed_share > 1:
+        raise UserError("--valid-share and --malformed-share are more than 1 together; lower one of them")
+    return args
 
 
 def main():
@@ -1009,8 +1059,7 @@ def main():
         speed = tokens / (time.time() - began)
         run.log(step=step, loss=loss, grad_norm=norm, tokens_per_second=speed)
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
-        if step % args.save_every == 0:
-            run.checkpoint(model, optimizers, step)
+        run.end_step(model, optimizers, step)
     run.finish(model, tokenizer)
     print(f"what it can do: python eval.py {run.path}")
 
@@ -1247,29 +1296,56 @@ def save(model, tokenizer, path):
 
 
 def write_atomic(path, write):
-    """Call write(temporary file) beside path, flush it to disk, then rename: never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Call write(temporary file) beside path, flush it to disk, then rename: never half written.
+
+    Raises UserError where that fails; the file that was there is then still there.
+    """
     aside = path.with_name(path.name + ".part")
-    write(aside)
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two: torch's and safetensors'
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        why = str(error).split("\n")[0]
+        raise UserError(f"{path} cannot be written ({why}); make room for it, then the same command goes on")
+
+
+def write_text(path, text):
+    write_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_json(path, value):
     """`write_atomic` of a value as indented JSON."""
-    write_atomic(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def made_with(path):
-    """The arguments of the run that made the checkpoint at path; {} where they are not known."""
-    file = Path(path) / "args.json"
-    return read_json(file) if file.is_file() else {}
+def read_object(file):
+    """The object of a JSON file; {} where there is none that can be read."""
+    try:
+        value = json.loads(Path(file).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_jsonl(path):
+    """The objects of a jsonl file; lines that are none (cut off, damaged) are told of and left out."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            print(f"warning: {path}: line {number} is damaged and left out", file=sys.stderr)
+    return rows
 
 
 def print_inherited(path):
     """One line on what the checkpoint at path was made with."""
-    made = made_with(path)
+    made = read_object(Path(path) / "args.json")
     told = ", ".join(
         f"{key} {value}"
         for key, value in made.items()
@@ -1469,6 +1545,10 @@ def read_problems(name, question_column="", answer_column=""):
     """
     columns = (question_column, answer_column)
     problems = [read_problem(name, number, row, *columns) for number, row in enumerate(read_rows(name))]
+    seen = Counter()
+    for problem in problems:
+        problem.copy = seen[problem.question]
+        seen[problem.question] += 1
     needed = any(problem.kind == "math" for problem in problems)
     if needed and importlib.util.find_spec("math_verify") is None:
         raise UserError(f"{name}: judging real mathematics needs math-verify; pip install math-verify")
@@ -1626,7 +1706,7 @@ def same_grid(boxed, answer):
             for house, row in json.loads(answer).items()
             for key, value in row.items()
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -1653,7 +1733,7 @@ def read_prompt(prompt_file, data, path=None):
     """
     source = "--prompt-file"
     if path and not prompt_file:
-        prompt_file = made_with(path).get("prompt_file")
+        prompt_file = read_object(f"{path}/args.json").get("prompt_file")
         source = f"{path}/args.json: prompt_file"
     if not prompt_file and not data:
         return FORMAT_PROMPT
@@ -1668,37 +1748,142 @@ def read_prompt(prompt_file, data, path=None):
 # ---- the run folder ----
 
 
-class Run:
-    """A stage's output folder: `args.json`, `log.jsonl`, and `resume/` while it is running.
+# What a run writes into its folder.  Nothing else there is ever touched.
+RUN_FILES = (
+    *("args.json", "inputs.json", "log.jsonl", "episodes.txt", "rejection.json", "data", "resume"),
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "model.safetensors"),
+)
 
-    Arguments that differ from those in `args.json` make a new run: what an earlier one left in the
-    folder is removed.  All ranks read here, rank 0 alone writes.
+# Settings that may change when a run goes on: where it computes, how often it saves, and where
+# files lie.  What was read is compared by its content.
+NO_DIFFERENCE = {"out", "device", "save_every", "micro_tokens", "recompute", "init", "data", "prompt_file"}
+
+
+def fingerprint(value):
+    """16 hex digits that differ where content differs: of a checkpoint folder (Path), data or text."""
+    digest = hashlib.sha256()
+    if isinstance(value, Path):
+        forms = ("*.safetensors", "config.json", "tokenizer.json", "*.jinja")
+        for file in sorted(file for form in forms for file in value.glob(form)):
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    else:
+        digest.update(json.dumps(value, default=repr).encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def hold(folder):
+    """Lock a folder for this process, for as long as it lives: a killed one leaves no lock behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {folder}: another process writes there; wait for it, or give another folder")
+
+
+class Run:
+    """A stage's output folder: `args.json`, `inputs.json`, `log.jsonl`, and `resume/` while it runs.
+
+    The same settings go on with what is there; a run of others is refused, or moved aside with
+    --overwrite.  read: what the stage was given beside --init, by flag.  All ranks read here, rank 0
+    alone writes.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, **read):
+        self.args = args
         self.path = Path(args.out)
         self.state_file = self.path / "resume" / "state.pt"
+        self.stopped = self.path / "resume" / "stopped"  # there after numbers that are not finite
         self.began = time.time()
         self.writes = ranks()[0] == 0
+        self.signal = 0  # that asked this run to stop
 
-        # the same arguments go on with what is there
-        args_file = self.path / "args.json"
-        written = args_file.read_text() if args_file.is_file() else ""
-        if self.writes and written != json.dumps(vars(args), indent=2) + "\n":
-            for stale in ("model.safetensors", "log.jsonl", "episodes.txt"):
-                (self.path / stale).unlink(missing_ok=True)
-            for stale in ("resume", "data"):
-                shutil.rmtree(self.path / stale, ignore_errors=True)
-            write_json(args_file, vars(args))
-        from_all_ranks([])  # nobody looks into the folder before it is in order
+        # the model that is read must not be the one that is written
+        if self.path.is_file():
+            raise UserError(f"--out {args.out} is a file; expected a folder, or a name for a new one")
+        folder = self.path.resolve()
+        if "init" in args:
+            read["init"] = checkpoint_folder(args.init).resolve()
+            if read["init"] in (folder, *folder.parents):
+                raise UserError(f"--out {args.out} is --init, or lies in it; give --out another folder")
+        inputs = {name: fingerprint(value) for name, value in read.items()}
+
+        # every rank looks at the folder before rank 0 touches what is in it
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            hold(folder)
+        settings = {key: value for key, value in vars(args).items() if key != "overwrite"}
+        aside = self.compare(settings, inputs)
+        from_all_ranks([])
+        if self.writes:
+            for name in self.present() if aside else ():
+                aside.mkdir(exist_ok=True)
+                os.rename(folder / name, aside / name)
+            write_json(self.path / "args.json", settings)
+            write_json(self.path / "inputs.json", inputs)
+        from_all_ranks([])  # nobody goes on before the folder is in order
+
+    def present(self):
+        """RUN_FILES that are here.  A data/ without the account of its sampling is the user's own."""
+        sampled = (self.path / "rejection.json").is_file()
+        return [n for n in RUN_FILES if os.path.lexists(self.path / n) and (n != "data" or sampled)]
+
+    def compare(self, settings, inputs):
+        """Compare with the run that is in the folder: returns None to go on with it, or the folder to
+        move it to.  Exits where it is finished; raises UserError where it must not be touched.
+        """
+        there = read_object(self.path / "args.json")
+        free = NO_DIFFERENCE | ({"lr", "muon_lr"} if self.stopped.is_file() else set())
+        changed = [
+            f"--{key.replace('_', '-')} {there.get(key)}, now {value}"
+            for key, value in settings.items()
+            if key not in free and there.get(key) != value
+        ]
+        read = read_object(self.path / "inputs.json")
+        changed += [
+            f"other content of --{key}" for key in inputs if read.get(key, inputs[key]) != inputs[key]
+        ]
+
+        # settings without anything made from them are no loss; files without settings are not ours
+        present = self.present()
+        finished = "model.safetensors" in present
+        if present and "args.json" not in present:
+            changed = [f"{present[-1]}, which no stage wrote"]
+        elif not finished and not {"resume", "data"} & set(present):
+            return None
+        elif not changed and not finished:
+            return None
+        elif not changed and not self.args.overwrite:
+            print(f"{self.path} is finished, with these settings: nothing to do (--overwrite does it again)")
+            if self.writes:
+                shutil.rmtree(self.path / "resume", ignore_errors=True)
+            sys.exit(0)
+
+        # another run is there, or this one shall be done again
+        if not self.args.overwrite:
+            what = "finished" if finished else "half-done"
+            raise UserError(
+                f"--out {self.path} holds another run, {what} ({'; '.join(changed[:3])}); "
+                "give another folder, or --overwrite to move it aside"
+            )
+        names = (Path(f"{self.path.resolve()}.old-{n}") for n in itertools.count(1))
+        return next(name for name in names if not name.exists())
 
     def start(self, model, optimizers):
-        """The step to go on after: 0, or where a killed run left off, all of its state restored."""
+        """The step to go on after: 0, or where a stopped run left off, all of its state restored.
+
+        From here on a signal ends the run after the step that is running (`end_step`).
+        """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
         log = self.path / "log.jsonl"
+        episodes = self.path / "episodes.txt"
         if not self.state_file.is_file():
             if self.writes:
                 log.unlink(missing_ok=True)
-                (self.path / "episodes.txt").unlink(missing_ok=True)
+                episodes.unlink(missing_ok=True)
             return 0
 
         # weights_only: tensors and numbers are read, nothing that a pickle could run
@@ -1707,23 +1892,48 @@ class Run:
             for name, p in model.named_parameters():
                 p.copy_(state["weights"][name])
                 master(p).copy_(state["weights"][name])
+
+        # the groups are this run's, with the rates that it was given
         for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(saved | {"param_groups": groups})
 
         # what was logged after the checkpoint is going to be logged again
         step = state["step"]
-        if self.writes and log.is_file():
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-            log.write_text("".join(line + "\n" for line in kept))
+        if self.writes:
+            kept = [json.dumps(row) + "\n" for row in read_jsonl(log) if row.get("step", step + 1) <= step]
+            write_text(log, "".join(kept))
+            if episodes.is_file() and episodes.stat().st_size > state.get("episodes", math.inf):
+                os.truncate(episodes, state["episodes"])
+            self.stopped.unlink(missing_ok=True)
         print(f"resuming {self.path} after step {step}")
         return step
 
+    def ask_to_stop(self, number, frame):
+        """A signal's handler: the running step is finished first; a second Ctrl-C does not wait."""
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt(number, "interrupted")
+        self.signal = number
+        os.write(2, b"\nfinishing this step, then saving (Ctrl-C again: stop at once)\n")
+
+    def end_step(self, model, optimizers, step):
+        """A resume point every --save-every steps, and one where a signal asked the run to stop."""
+        asked = max(from_all_ranks([self.signal]))
+        if asked or step % self.args.save_every == 0:
+            self.checkpoint(model, optimizers, step)
+        if asked:
+            raise KeyboardInterrupt(
+                asked, f"{self.path} is saved after step {step}; the same command goes on"
+            )
+
     def checkpoint(self, model, optimizers, step):
         """Write what `start` reads back."""
+        episodes = self.path / "episodes.txt"
         state = {
             "weights": {name: master(p).detach() for name, p in model.named_parameters()},
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step,
+            "episodes": episodes.stat().st_size if episodes.is_file() else 0,  # bytes
         }
         if self.writes:
             write_atomic(self.state_file, lambda file: torch.save(state, file))
@@ -1731,23 +1941,27 @@ class Run:
     def log(self, **row):
         """Append one object to log.jsonl.
 
-        A non-finite loss stops the run; the last checkpoint stays.
+        A loss or gradient that is not finite stops the run before anything of it is saved.
         """
         row["seconds"] = round(time.time() - self.began, 2)
-        if not math.isfinite(row.get("loss", 0.0)):
+        for key in ("loss", "grad_norm"):
+            if math.isfinite(row.get(key, 0.0)):
+                continue
+            if self.writes:
+                write_text(self.stopped, f"{key} {row[key]} at step {row['step']}\n")
             raise UserError(
-                f"loss is {row['loss']} at step {row['step']}; "
-                f"{self.path} keeps its last good state: lower --lr and rerun"
+                f"{key} is {row[key]} at step {row['step']}; {self.path} keeps its last finite state: "
+                f"the same command with a lower rate goes on from it, e.g. --lr {self.args.lr / 2:g}"
             )
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
         if self.writes:
-            with open(self.path / "log.jsonl", "a") as file:
+            with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(rounded) + "\n")
 
     def episodes(self, step, episodes):
         """Append three whole episodes to `episodes.txt`; each is (question, response, verdict)."""
         if self.writes:
-            with open(self.path / "episodes.txt", "a") as file:
+            with open(self.path / "episodes.txt", "a", encoding="utf-8") as file:
                 for question, text, verdict in random.Random(step).sample(episodes, min(3, len(episodes))):
                     file.write(f"==== step {step} | {verdict}\n{question}\n{text}\n\n")
 
@@ -1816,7 +2030,8 @@ def set_lr(optimizers, factor):
 
 
 def update(model, optimizers):
-    """One optimizer step on the gradients of all ranks; returns their norm before clipping to 1.
+    """One optimizer step on the gradients of all ranks; returns their norm before clipping to 1, or
+    NaN where the step made weights that are not finite.
 
     Each rank's loss is divided by the token count of the *whole* batch, so gradients are summed and
     not averaged.
@@ -1827,6 +2042,8 @@ def update(model, optimizers):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without work
             dist.all_reduce(p.grad)
     norm = nn.utils.clip_grad_norm_(trained, 1.0).item()
+    if not math.isfinite(norm):
+        return norm  # such a step is not taken, and `Run.log` stops the run
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -1834,7 +2051,8 @@ def update(model, optimizers):
     # masters are rounded back into the weights
     for p in model.parameters():
         p.data.copy_(master(p))
-    return norm
+    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    return norm if finite else math.nan
 
 
 def recompute_activations(model):
@@ -1905,6 +2123,8 @@ def pick_device(name):
             raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu")
         name = "cpu"
     device = torch.device("cuda" if name == "auto" else name)
+    if (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise UserError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible")
 
     # under torchrun: a GPU for each rank, or a share of the cores
     others = ""
@@ -1947,11 +2167,18 @@ def read_arguments(doc, table, argv=None):
 
     type: a function of the text; bool for a switch; the values themselves where only those are
     allowed.  A row may end with a dict of what else argparse takes.  doc: the script's docstring,
-    whose first line heads the help.
+    whose first line heads the help.  Raises UserError in one line that names the flag.
     """
     parser = argparse.ArgumentParser(
-        description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=doc.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
+
+    def refuse(message):
+        raise UserError(f"{message}; --help tells what can be given")
+
+    parser.error = refuse
     for flag, kind, default, meaning, *more in table:
         how = {"default": default, "type": kind}
         if kind is bool:
@@ -1963,14 +2190,33 @@ def read_arguments(doc, table, argv=None):
 
 
 def run_main(main):
-    """Run a script's main: a UserError becomes one line on stderr, status 2, no traceback."""
+    """Run a script's main.  What a person can mend becomes one line on stderr and status 2, a signal
+    one line and 128 + its number; neither has a traceback.
+    """
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number, "interrupted")
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    except KeyboardInterrupt as error:
+        number, message = error.args or (signal.SIGINT, "interrupted")
+        print(f"\n{message}", file=sys.stderr)
+        sys.exit(128 + number)
+    except (OSError, MemoryError, RuntimeError) as error:
+        # disk and memory that are full; any other RuntimeError is a mistake of this project's
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
+            raise
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        print(f"error: {why}; see to it, then the same command goes on", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

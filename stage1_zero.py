@@ -38,7 +38,20 @@ from stage0_model import load, print_inherited, prompt_ids, response_text  # the
 from stage0_model import make_optimizers, recompute_activations, set_lr, update  # optimisation
 from stage0_model import (
     DTYPES,
+    OVERWRITE,
+    device_name,
+    fraction,
+    group_int,
+    natural_int,
+    nonempty,
+    not_negative,
+    positive_float,
+    positive_int,
+    seed_int,
+)  # flags
+from stage0_model import (
     Run,
+    UserError,
     from_all_ranks,
     my_share,
     pick_device,
@@ -122,10 +135,12 @@ def without_numbers(contents):
 
     ['1:A', '2: B'] -> ['A', 'B'], True        ['2:A'] -> ['A'], False        ['A'] -> ['A'], False
     """
-    numbered = [re.fullmatch(r"\s*(\d+):(.*)", content, re.S) for content in contents]
+    numbered = [re.fullmatch(r"\s*([0-9]+):(.*)", content, re.S) for content in contents]
     bare = [(match[2] if match else content).strip() for match, content in zip(numbered, contents)]
-    numbers = [int(match[1]) if match else None for match in numbered]
-    return bare, numbers == list(range(1, len(contents) + 1))
+
+    # compared as text: int() refuses very long numbers
+    numbers = [match[1].lstrip("0") if match else None for match in numbered]
+    return bare, numbers == [str(i) for i in range(1, len(contents) + 1)]
 
 
 def parse_response(text):
@@ -283,6 +298,7 @@ def sample_groups(engine, data, format_prompt, step, args):
         responses = engine.generate(
             prompts,
             n=args.group_size,
+            copies=[p.copy for p in problems],
             parallel=False,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
@@ -313,36 +329,42 @@ def sample_groups(engine, data, format_prompt, step, args):
 
 # fmt: off
 ARGUMENTS = (
-    ("--init",            str,          "out/stage0", "checkpoint to start from: folder or hub name"),
-    ("--out",             str,          "out/stage1", "folder to write the checkpoint to"),
-    ("--kind",            KIND_CHOICES, "all",        "problems to train on"),
-    ("--data",            str,          "",           "real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name"),
-    ("--question-column", str,          "",           "column of --data with the question, found by its name when not given"),
-    ("--answer-column",   str,          "",           "column of --data with the answer, found by its name when not given"),
-    ("--prompt-file",     str,          "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
-    ("--steps",           int,          48,           "rollout batches"),
-    ("--prompts",         int,          16,           "questions per step"),
-    ("--group-size",      int,          12,           "responses per question, G"),
-    ("--updates",         int,          4,            "optimizer updates per step, each on its share of the groups"),
-    ("--lr",              float,        1.5e-4,       "peak AdamW learning rate, falling to zero over the last quarter"),
-    ("--eps-low",         float,        0.2,          "lower clip of the ratio"),
-    ("--eps-high",        float,        0.28,         "upper clip of the ratio (clip-higher)"),
-    ("--max-rounds",      int,          3,            "dynamic sampling: at most this many rollout rounds per step"),
-    ("--max-new-tokens",  int,          640,          "response budget in tokens"),
-    ("--overlong-buffer", int,          128,          "tokens before the budget over which the overlong penalty grows"),
-    ("--temperature",     float,        1.0,          "of the rollouts; 1 keeps the old log-probabilities exact"),
-    ("--micro-tokens",    int,          0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
-    ("--recompute",       bool,         False,        "compute activations anew for backward: a third slower, far less memory"),
-    ("--dtype",           DTYPES,       "auto",       "of the weights; auto: what config.json says"),
-    ("--save-every",      int,          10,           "steps between resume points, and between episode dumps"),
-    ("--seed",            int,          0,            "seed of problems and sampling"),
-    ("--device",          str,          "auto",       "auto, cpu, cuda, cuda:1 .."),
+    ("--init",            nonempty,       "out/stage0", "checkpoint to start from: folder or hub name"),
+    ("--out",             nonempty,       "out/stage1", "folder to write the checkpoint to"),
+    ("--kind",            KIND_CHOICES,   "all",        "problems to train on"),
+    ("--data",            str,            "",           "real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name"),
+    ("--question-column", str,            "",           "column of --data with the question, found by its name when not given"),
+    ("--answer-column",   str,            "",           "column of --data with the answer, found by its name when not given"),
+    ("--prompt-file",     str,            "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
+    ("--steps",           positive_int,   48,           "rollout batches"),
+    ("--prompts",         positive_int,   16,           "questions per step"),
+    ("--group-size",      group_int,      12,           "responses per question, G"),
+    ("--updates",         positive_int,   4,            "optimizer updates per step, each on its share of the groups"),
+    ("--lr",              positive_float, 1.5e-4,       "peak AdamW learning rate, falling to zero over the last quarter"),
+    ("--eps-low",         fraction,       0.2,          "lower clip of the ratio"),
+    ("--eps-high",        not_negative,   0.28,         "upper clip of the ratio (clip-higher)"),
+    ("--max-rounds",      positive_int,   3,            "dynamic sampling: at most this many rollout rounds per step"),
+    ("--max-new-tokens",  positive_int,   640,          "response budget in tokens"),
+    ("--overlong-buffer", positive_int,   128,          "tokens before the budget over which the overlong penalty grows"),
+    ("--temperature",     positive_float, 1.0,          "of the rollouts; 1 keeps the old log-probabilities exact"),
+    ("--micro-tokens",    natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
+    ("--recompute",       bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
+    ("--dtype",           DTYPES,         "auto",       "of the weights; auto: what config.json says"),
+    ("--save-every",      positive_int,   10,           "steps between resume points, and between episode dumps"),
+    ("--seed",            seed_int,       0,            "seed of problems and sampling"),
+    ("--device",          device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
+    OVERWRITE,
 )
 # fmt: on
 
 
 def parse_args(argv=None):
-    return read_arguments(__doc__, ARGUMENTS, argv)
+    args = read_arguments(__doc__, ARGUMENTS, argv)
+    if args.overlong_buffer > args.max_new_tokens:
+        raise UserError(
+            f"--overlong-buffer {args.overlong_buffer}: expected at most --max-new-tokens, {args.max_new_tokens}"
+        )
+    return args
 
 
 def main():
@@ -357,7 +379,7 @@ def main():
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
     format_prompt = read_prompt(args.prompt_file, args.data)
-    run = Run(args)
+    run = Run(args, data=data, prompt=format_prompt)
 
     # One set of weights samples and learns: the engine decodes with the very model that is trained.
     engine = Engine(model, tokenizer)
@@ -454,8 +476,7 @@ def main():
         # Whole responses to read, and a state from which a killed run goes on.
         if step % args.save_every == 0 or step == 1:
             run.episodes(step, [j.episode for j in judged])
-        if step % args.save_every == 0:
-            run.checkpoint(model, optimizers, step)
+        run.end_step(model, optimizers, step)
     run.finish(model, tokenizer)
 
 

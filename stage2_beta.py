@@ -19,6 +19,7 @@ Differences from the paper:
 import json
 import random
 import re
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,18 +29,31 @@ import torch
 from tokenizers import AddedToken
 from tqdm import tqdm
 
-from engine import TAGS, Engine, Example, batches, layout, tag_token_ids, token_logprobs
+from engine import TAGS, Engine, Example, MalformedTrajectory, batches, layout, tag_token_ids, token_logprobs
 from stage0_model import KIND_CHOICES, KINDS, draw_problems, read_problems, read_prompt, read_rows  # data
 from stage0_model import ANY_TAG, load, pick_device, prompt_ids, response_text  # model and text
 from stage0_model import (
     DTYPES,
+    OVERWRITE,
+    device_name,
+    natural_int,
+    nonempty,
+    not_negative,
+    positive_float,
+    positive_int,
+    seed_int,
+)  # flags
+from stage0_model import (
     Run,
     UserError,
     from_all_ranks,
     my_share,
     print_inherited,
     read_arguments,
+    read_jsonl,
     run_main,
+    write_json,
+    write_text,
 )  # run
 from stage0_model import make_optimizers, ranks, recompute_activations, set_lr, update  # training
 from stage1_zero import parse_response
@@ -47,6 +61,8 @@ from stage1_zero import parse_response
 # ==================================================================================================
 # 1. Rejection sampling
 # ==================================================================================================
+
+PART = 512  # samples between two writes: enough to keep the engine busy
 
 
 def rejection_sample(
@@ -64,6 +80,7 @@ def rejection_sample(
     responses = engine.generate(
         prompts,
         n=samples,
+        copies=[p.copy for p in problems],
         parallel=False,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -104,24 +121,54 @@ def rejection_sample(
     return from_all_ranks(records), sum(from_all_ranks([reasons]), Counter())
 
 
-def learning_rows(args, run, model, tokenizer):
-    """The rows to learn from (`problem`, `response`, ..), and the prompt that asks for it.
+def read_inputs(args):
+    """What --data gives: (samples to learn from or None, problems to sample or None, prompt).
 
-    --data with responses is taken as it is.  Anything else is sampled here, once, into <out>/data;
-    a resumed run reads it back.  Raises UserError when nothing is accepted or `problem` is missing.
+    Raises UserError where samples cannot be learned from.
     """
     rows = read_rows(args.data) if args.data else []
-    has_responses = bool(rows) and "response" in rows[0]
+    has_responses = bool(rows) and isinstance(rows[0], dict) and "response" in rows[0]
     made_here = has_responses and rows[0].get("kind") in KINDS  # samples of this world's problems
     format_prompt = read_prompt(args.prompt_file, args.data and not made_here)
+    if not has_responses:
+        columns = (args.question_column, args.answer_column)
+        return None, read_problems(args.data, *columns) if args.data else None, format_prompt
 
-    # The engine exists for one call, so that training has the memory of its keys and values.
+    for number, row in enumerate(rows):
+        texts = [row.get(column) for column in ("problem", "response")] if isinstance(row, dict) else []
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(
+                f"{args.data}: row {number} has no text in its columns `problem` and `response`; "
+                "expected what stage 2 saves, e.g. out/stage2/data"
+            )
+    if not any(ANY_TAG.search(row["response"]) for row in rows):
+        raise UserError(f"{args.data}: no response has a tag: nothing of the format could be learned")
+    return rows, None, format_prompt
+
+
+def sampled_rows(args, run, model, tokenizer, data, format_prompt):
+    """The rows to learn from, sampled once into <out>/data; a run that goes on reads them back.
+
+    Parts that are done are kept in resume/, so that a killed run goes on where it was.  Raises
+    UserError when nothing is accepted.
+    """
     folder = run.path / "data"
-    if not has_responses and not folder.is_dir():
-        data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
+    if "data" in run.present():
+        return read_rows(folder)
+    if folder.exists():
+        raise UserError(f"{folder} was not sampled by this run; give --out another folder")
+
+    # the engine exists for this call, so that training has the memory of its keys and values
+    engine = Engine(model, tokenizer)
+    problems = draw_problems(data, args.kind, args.problems, f"{args.seed}/rejection")
+    kept = run.path / "resume" / "samples.jsonl"
+    parts = read_jsonl(kept)
+    size = max(1, PART // args.samples)
+    from_all_ranks([])  # every rank has read them before rank 0 writes more
+    for first in range(len(parts) * size, len(problems), size):
         records, reasons = rejection_sample(
-            Engine(model, tokenizer),
-            draw_problems(data, args.kind, args.problems, f"{args.seed}/rejection"),
+            engine,
+            problems[first : first + size],
             format_prompt,
             args.samples,  # of each problem
             args.keep,
@@ -130,27 +177,30 @@ def learning_rows(args, run, model, tokenizer):
             args.seed,
             args.keep_wrong,
         )
-        if not records:
-            raise UserError(
-                f"none of {reasons.total()} samples was accepted ({dict(reasons)}); train stage 1 for longer"
-            )
-
-        # A run killed while it writes must not go on with half of the data: hence the rename.
+        parts.append({"records": records, "reasons": reasons})
         if run.writes:
-            datasets.Dataset.from_list(records).save_to_disk(f"{folder}.part")
-            Path(f"{folder}.part").rename(folder)
-            (run.path / "rejection.json").write_text(json.dumps(dict(reasons.most_common()), indent=2) + "\n")
-        from_all_ranks([])  # now every rank finds it
-        print(f"sampled {reasons.total()}: " + ", ".join(f"{name} {n}" for name, n in reasons.most_common()))
+            write_text(kept, "".join(json.dumps(part) + "\n" for part in parts))
+
+    records = [record for part in parts for record in part["records"]]
+    reasons = sum((Counter(part["reasons"]) for part in parts), Counter())
+    if not records:
+        raise UserError(
+            f"none of {reasons.total()} samples was accepted ({dict(reasons)}); train stage 1 for longer"
+        )
+
+    # A run killed while it writes must not go on with half of the data: hence the rename.
+    if run.writes:
+        part = run.path / "data.part"
+        shutil.rmtree(part, ignore_errors=True)
+        datasets.Dataset.from_list(records).save_to_disk(str(part))
+        write_json(run.path / "rejection.json", dict(reasons.most_common()))
+        part.rename(folder)
+        kept.unlink()
+    from_all_ranks([])  # now every rank finds it
+    print(f"sampled {reasons.total()}: " + ", ".join(f"{name} {n}" for name, n in reasons.most_common()))
 
     # Even the run that sampled them reads them back: no resumed run can see anything else.
-    rows = rows if has_responses else read_rows(folder)
-    if "problem" not in rows[0]:
-        raise UserError(
-            f"{args.data}: has responses but no column `problem`; "
-            "expected what stage 2 saves, e.g. out/stage2/data"
-        )
-    return rows, format_prompt
+    return read_rows(folder)
 
 
 # ==================================================================================================
@@ -229,30 +279,31 @@ def epoch_batches(examples, batch_tokens, seed, epoch):
 
 # fmt: off
 ARGUMENTS = (
-    ("--init",            str,          "out/stage1", "checkpoint that is sampled and then fine-tuned: folder or hub name"),
-    ("--out",             str,          "out/stage2", "folder to write the checkpoint to"),
-    ("--kind",            KIND_CHOICES, "all",        "problems to sample"),
-    ("--data",            str,          "",           "real problems as in stage 1, or samples to learn from (rows with a `response`)"),
-    ("--question-column", str,          "",           "column of --data with the question, found by its name when not given"),
-    ("--answer-column",   str,          "",           "column of --data with the answer, found by its name when not given"),
-    ("--prompt-file",     str,          "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
-    ("--problems",        int,          1500,         "questions to sample"),
-    ("--samples",         int,          2,            "responses per question"),
-    ("--keep",            int,          2,            "accepted responses kept per question at most"),
-    ("--keep-wrong",      bool,         False,        "ablation: filter by format alone, wrong answers stay in"),
-    ("--max-new-tokens",  int,          640,          "response budget in tokens"),
-    ("--temperature",     float,        1.0,          "of the sampling"),
-    ("--sequential",      bool,         False,        "the twin SR-BETA: same data and updates, causal mask, all tokens learned"),
-    ("--epochs",          float,        4.0,          "passes over the accepted samples"),
-    ("--batch-tokens",    int,          2_048,        "padded tokens per update"),
-    ("--micro-tokens",    int,          0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
-    ("--lr",              float,        2e-3,         "peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model"),
-    ("--muon-lr",         float,        2e-3,         "peak Muon learning rate of the matrices; 0: AdamW does it all"),
-    ("--recompute",       bool,         False,        "compute activations anew for backward: a third slower, far less memory"),
-    ("--dtype",           DTYPES,       "auto",       "of the weights; auto: what config.json says"),
-    ("--save-every",      int,          100,          "updates between resume points"),
-    ("--seed",            int,          0,            "seed of problems, sampling and order"),
-    ("--device",          str,          "auto",       "auto, cpu, cuda, cuda:1 .."),
+    ("--init",            nonempty,       "out/stage1", "checkpoint that is sampled and then fine-tuned: folder or hub name"),
+    ("--out",             nonempty,       "out/stage2", "folder to write the checkpoint to"),
+    ("--kind",            KIND_CHOICES,   "all",        "problems to sample"),
+    ("--data",            str,            "",           "real problems as in stage 1, or samples to learn from (rows with a `response`)"),
+    ("--question-column", str,            "",           "column of --data with the question, found by its name when not given"),
+    ("--answer-column",   str,            "",           "column of --data with the answer, found by its name when not given"),
+    ("--prompt-file",     str,            "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
+    ("--problems",        positive_int,   1500,         "questions to sample"),
+    ("--samples",         positive_int,   2,            "responses per question"),
+    ("--keep",            positive_int,   2,            "accepted responses kept per question at most"),
+    ("--keep-wrong",      bool,           False,        "ablation: filter by format alone, wrong answers stay in"),
+    ("--max-new-tokens",  positive_int,   640,          "response budget in tokens"),
+    ("--temperature",     positive_float, 1.0,          "of the sampling"),
+    ("--sequential",      bool,           False,        "the twin SR-BETA: same data and updates, causal mask, all tokens learned"),
+    ("--epochs",          positive_float, 4.0,          "passes over the accepted samples"),
+    ("--batch-tokens",    positive_int,   2_048,        "padded tokens per update"),
+    ("--micro-tokens",    natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
+    ("--lr",              positive_float, 2e-3,         "peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model"),
+    ("--muon-lr",         not_negative,   2e-3,         "peak Muon learning rate of the matrices; 0: AdamW does it all"),
+    ("--recompute",       bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
+    ("--dtype",           DTYPES,         "auto",       "of the weights; auto: what config.json says"),
+    ("--save-every",      positive_int,   100,          "updates between resume points"),
+    ("--seed",            seed_int,       0,            "seed of problems, sampling and order"),
+    ("--device",          device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
+    OVERWRITE,
 )
 # fmt: on
 
@@ -261,7 +312,7 @@ def parse_args(argv=None):
     args = read_arguments(__doc__, ARGUMENTS, argv)
     if args.data and Path(args.data).resolve() == (Path(args.out) / "data").resolve():
         raise UserError(
-            f"--data {args.data} lies in --out {args.out}, which a new run clears; give --out another folder"
+            f"--data {args.data} lies in --out {args.out}, where this run writes; give --out another folder"
         )
     return args
 
@@ -273,17 +324,21 @@ def main():
     args.micro_tokens = args.micro_tokens or (16_384 if device.type == "cuda" else 2_048)
     print_inherited(args.init)
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
-    run = Run(args)
+    rows, data, format_prompt = read_inputs(args)
+    run = Run(args, data=rows or data, prompt=format_prompt)
 
     # ---- data: what the model wrote is likely under it; only the way of decoding is new ----
-    rows, format_prompt = learning_rows(args, run, model, tokenizer)
+    rows = rows or sampled_rows(args, run, model, tokenizer, data, format_prompt)
 
     # ---- tag tokens: the engine forks and joins on single tokens, so responses must have them ----
     add_tag_tokens(model, tokenizer)
     examples = []
     learned = []  # of each example, (T,) bool: True where a token of its response carries loss
-    for row in rows:
-        ids, response_layout, forced = encode_response(tokenizer, row["response"], args.sequential)
+    for number, row in enumerate(rows):
+        try:
+            ids, response_layout, forced = encode_response(tokenizer, row["response"], args.sequential)
+        except MalformedTrajectory as error:
+            raise UserError(f"{args.data or run.path / 'data'}: the response of row {number}: {error}")
         examples.append(Example(prompt_ids(tokenizer, row["problem"], format_prompt), ids, response_layout))
         learned.append(~torch.tensor(forced))
     print(
@@ -332,8 +387,7 @@ def main():
         speed = num_padded / (time.time() - began)
         run.log(step=step, loss=loss, entropy=entropy, grad_norm=norm, epoch=epoch, tokens_per_second=speed)
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
-        if step % args.save_every == 0:
-            run.checkpoint(model, optimizers, step)
+        run.end_step(model, optimizers, step)
     run.finish(model, tokenizer)
 
 

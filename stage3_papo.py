@@ -27,13 +27,25 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from engine import Engine, Example, batches, token_logprobs
-from stage0_model import KIND_CHOICES, UserError, draw_problems, read_problems, read_prompt  # questions
+from engine import Engine, Example, batches, tag_token_ids, token_logprobs
+from stage0_model import KIND_CHOICES, draw_problems, read_problems, read_prompt  # questions
 from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
 from stage0_model import make_optimizers, recompute_activations, set_lr, update  # optimisation
 from stage0_model import (
     DTYPES,
+    OVERWRITE,
+    device_name,
+    group_int,
+    natural_int,
+    nonempty,
+    not_negative,
+    positive_float,
+    positive_int,
+    seed_int,
+)  # flags
+from stage0_model import (
     Run,
+    UserError,
     from_all_ranks,
     my_share,
     pick_device,
@@ -119,6 +131,7 @@ def sample_groups(engine, data, format_prompt, step, args):
     responses = engine.generate(
         prompts,
         n=args.group_size,
+        copies=[p.copy for p in problems],
         parallel=not args.sequential,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -147,48 +160,50 @@ def sample_groups(engine, data, format_prompt, step, args):
 
 # fmt: off
 ARGUMENTS = (
-    ("--init",             str,          "out/stage2", "checkpoint to start from: folder or hub name"),
-    ("--out",              str,          "out/stage3", "folder to write the checkpoint to"),
-    ("--kind",             KIND_CHOICES, "all",        "problems to train on"),
-    ("--data",             str,          "",           "real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name"),
-    ("--question-column",  str,          "",           "column of --data with the question, found by its name when not given"),
-    ("--answer-column",    str,          "",           "column of --data with the answer, found by its name when not given"),
-    ("--prompt-file",      str,          "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
-    ("--steps",            int,          48,           "rollout batches, one update each"),
-    ("--prompts",          int,          24,           "questions per step"),
-    ("--group-size",       int,          12,           "responses per question, G"),
-    ("--lr",               float,        1e-4,         "peak AdamW learning rate, falling to zero over the last quarter"),
-    ("--muon-lr",          float,        0.0,          "peak Muon learning rate of the matrices; 0: AdamW does it all"),
-    ("--gain-factor",      float,        400,          "the scale of the logits (gains of the last norm) learns so many times faster"),
-    ("--max-new-tokens",   int,          640,          "response budget in tokens, all branches together"),
-    ("--max-branches",     int,          8,            "most plans a guideline may have"),
-    ("--temperature",      float,        1.0,          "of the rollouts"),
-    ("--sequential",       bool,         False,        "the twin SR: sequential rollouts, causal mask, same updates"),
-    ("--group-std",        bool,         False,        "ablation: the standard deviation of each group, as in GRPO"),
-    ("--no-schema-filter", bool,         False,        "ablation: keep malformed and truncated rollouts, with reward -1"),
-    ("--clip-updates",     int,          0,            "ablation: so many PPO updates per batch, clipped, instead of one"),
-    ("--count-forced",     bool,         False,        "ablation: forced tokens carry loss like sampled ones"),
-    ("--micro-tokens",     int,          0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
-    ("--recompute",        bool,         False,        "compute activations anew for backward: a third slower, far less memory"),
-    ("--dtype",            DTYPES,       "auto",       "of the weights; auto: what config.json says"),
-    ("--save-every",       int,          10,           "steps between resume points, and between episode dumps"),
-    ("--seed",             int,          0,            "seed of problems and sampling"),
-    ("--device",           str,          "auto",       "auto, cpu, cuda, cuda:1 .."),
+    ("--init",             nonempty,       "out/stage2", "checkpoint to start from: folder or hub name"),
+    ("--out",              nonempty,       "out/stage3", "folder to write the checkpoint to"),
+    ("--kind",             KIND_CHOICES,   "all",        "problems to train on"),
+    ("--data",             str,            "",           "real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name"),
+    ("--question-column",  str,            "",           "column of --data with the question, found by its name when not given"),
+    ("--answer-column",    str,            "",           "column of --data with the answer, found by its name when not given"),
+    ("--prompt-file",      str,            "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
+    ("--steps",            positive_int,   48,           "rollout batches, one update each"),
+    ("--prompts",          positive_int,   24,           "questions per step"),
+    ("--group-size",       group_int,      12,           "responses per question, G"),
+    ("--lr",               positive_float, 1e-4,         "peak AdamW learning rate, falling to zero over the last quarter"),
+    ("--muon-lr",          not_negative,   0.0,          "peak Muon learning rate of the matrices; 0: AdamW does it all"),
+    ("--gain-factor",      positive_float, 400,          "the scale of the logits (gains of the last norm) learns so many times faster"),
+    ("--max-new-tokens",   positive_int,   640,          "response budget in tokens, all branches together"),
+    ("--max-branches",     positive_int,   8,            "most plans a guideline may have"),
+    ("--temperature",      positive_float, 1.0,          "of the rollouts"),
+    ("--sequential",       bool,           False,        "the twin SR: sequential rollouts, causal mask, same updates"),
+    ("--group-std",        bool,           False,        "ablation: the standard deviation of each group, as in GRPO"),
+    ("--no-schema-filter", bool,           False,        "ablation: keep malformed and truncated rollouts, with reward -1"),
+    ("--clip-updates",     natural_int,    0,            "ablation: so many PPO updates per batch, clipped, instead of one"),
+    ("--count-forced",     bool,           False,        "ablation: forced tokens carry loss like sampled ones"),
+    ("--micro-tokens",     natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
+    ("--recompute",        bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
+    ("--dtype",            DTYPES,         "auto",       "of the weights; auto: what config.json says"),
+    ("--save-every",       positive_int,   10,           "steps between resume points, and between episode dumps"),
+    ("--seed",             seed_int,       0,            "seed of problems and sampling"),
+    ("--device",           device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
+    OVERWRITE,
 )
 # fmt: on
 
 
 def parse_args(argv=None):
-    return read_arguments(__doc__, ARGUMENTS, argv)
-
-
-def main():
-    args = parse_args()
+    args = read_arguments(__doc__, ARGUMENTS, argv)
     if args.count_forced and args.clip_updates:
         raise UserError(
             "--count-forced with --clip-updates: a forced token was not sampled, so it has no old "
             "probability; give one of them"
         )
+    return args
+
+
+def main():
+    args = parse_args()
     device = pick_device(args.device)
     # Larger micro-batches outgrow a CPU's caches (measured: 2.4x slower), smaller ones starve a
     # GPU.
@@ -199,7 +214,9 @@ def main():
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
     format_prompt = read_prompt(args.prompt_file, args.data)
-    run = Run(args)
+    if not args.sequential:
+        tag_token_ids(tokenizer)  # raises UserError where they are text
+    run = Run(args, data=data, prompt=format_prompt)
 
     # One set of weights samples and learns: the engine decodes with the very model that is trained.
     engine = Engine(model, tokenizer)
@@ -299,8 +316,7 @@ def main():
         # Whole responses to read, and a state from which a killed run goes on.
         if step % args.save_every == 0 or step == 1:
             run.episodes(step, [j.episode for j in judged])
-        if step % args.save_every == 0:
-            run.checkpoint(model, optimizers, step)
+        run.end_step(model, optimizers, step)
     run.finish(model, tokenizer)
 
 

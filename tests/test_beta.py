@@ -163,6 +163,6 @@ def test_a_run_killed_within_an_epoch_ends_with_the_weights_of_an_uninterrupted_
     assert log[9]["epoch"] == log[10]["epoch"] == 1  # resumed after step 10, in the second epoch
 
 
-def test_samples_in_the_folder_that_a_new_run_clears_are_refused(tmp_path):
-    with pytest.raises(stage0.UserError, match="which a new run clears"):
+def test_samples_in_the_folder_that_the_run_writes_are_refused(tmp_path):
+    with pytest.raises(stage0.UserError, match="where this run writes"):
         stage2_beta.parse_args(["--data", str(tmp_path / "data"), "--out", str(tmp_path)])

@@ -255,10 +255,63 @@ def test_all_slots_are_free_at_the_end_even_after_an_exception(model, tokenizer,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", ["schedule", "run", "sample", "vacate", "tqdm"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_exception_anywhere_in_generate_leaves_an_engine_that_works(
+    model, tokenizer, monkeypatch, where, error
+):
+    prompts = random_prompts(random.Random(3), 6)
+    expected = Engine(model, tokenizer).generate(prompts, n=2, max_new_tokens=12)
+    eng = Engine(model, tokenizer, max_rows=4)
+
+    def fails(*args, **kwargs):
+        raise error("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((engine_module, "tqdm") if where == "tqdm" else (Engine, where)), fails)
+        with pytest.raises(error):
+            eng.generate(prompts, n=2, max_new_tokens=12)
+    assert not eng.waiting and not eng.active and eng.kv_tokens_in_use == 0
+    found = eng.generate(prompts, n=2, max_new_tokens=12)
+    assert [[r.ids for r in rs] for rs in found] == [[r.ids for r in rs] for rs in expected]
+
+
+def test_a_question_that_stands_twice_is_sampled_alike_in_one_call_and_in_parts(model, tokenizer):
+    [twice, other] = random_prompts(random.Random(4), 2)
+    eng = Engine(model, tokenizer)
+    whole = eng.generate([twice, other, twice], n=2, max_new_tokens=12)
+    parts = [
+        eng.generate([p], n=2, copies=[c], max_new_tokens=12)[0]
+        for p, c in ((twice, 0), (other, 0), (twice, 1))
+    ]
+    assert [[r.ids for r in rs] for rs in whole] == [[r.ids for r in rs] for rs in parts]
+    assert whole[0][0].ids != whole[2][0].ids
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("n", 0), ("n", 1.5), ("max_new_tokens", 0), ("max_new_tokens", -1), ("max_branches", 0)),
+        *(("temperature", float("nan")), ("temperature", -1), ("temperature", float("inf"))),
+        *(("top_p", 0), ("top_p", 1.1), ("top_p", float("nan")), ("top_k", -1), ("top_k", 2.5)),
+        *(
+            ("seed", -1),
+            ("seed", 2**64),
+            ("step_repetition_penalty", 0),
+            ("step_repetition_penalty", float("nan")),
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(model, tokenizer, name, value):
+    eng = Engine(model, tokenizer)
+    with pytest.raises(stage0.UserError, match=f"^{name} is '.*', expected a"):
+        eng.generate([[5, 6]], **{"max_new_tokens": 4, name: value})
+
+
 def test_fuzz_random_weights_budgets_and_limits_hold_every_invariant(happy, tokenizer, tag_ids, request):
     """3,000 requests; pytest --fuzz 10000 for more."""
     rng, left = random.Random(0), request.config.getoption("fuzz")
-    reasons, widths, preemptions = set(), set(), 0
+    reasons, widths, preemptions, said_step = set(), set(), 0, 0
     while left > 0:
         prompts, limit, n = (
             random_prompts(rng, rng.randint(1, 300)),
@@ -287,18 +340,19 @@ def test_fuzz_random_weights_budgets_and_limits_hold_every_invariant(happy, toke
             assert 0 < len(r.ids) <= limit and len(r.ids) == len(r.layout.block) == len(r.forced) == len(
                 r.logprobs
             )
-            said_step = [
+            again = layout(r.ids, tag_ids)
+            assert (
+                np.array([again.block, again.branch, again.position])
+                == [r.layout.block, r.layout.branch, r.layout.position]
+            ).all()
+            # a step that itself says <step>, the one tag that could also begin the next branch
+            said_step += any(
                 i == tag_ids["<step>"] and g > 0 and not f for i, g, f in zip(r.ids, r.layout.block, r.forced)
-            ]
-            if not any(said_step):  # the one case in which ids leave a doubt: a step that itself says <step>
-                again = layout(r.ids, tag_ids)
-                assert (
-                    np.array([again.block, again.branch, again.position])
-                    == [r.layout.block, r.layout.branch, r.layout.position]
-                ).all()
+            )
             reasons.add(r.finish_reason)
             widths.add(r.max_branches)
     assert reasons == {"stop", "length", "malformed"} and widths >= {0, 1, 2} and preemptions > 0
+    assert said_step > 0
 
 
 @pytest.mark.parametrize(

@@ -158,8 +158,8 @@ def test_unknown_mode_is_refused():
 
 
 def test_an_evaluation_that_fails_leaves_the_finished_one_alone(tmp_path, monkeypatch):
-    (tmp_path / "responses.jsonl").write_text("finished")
+    (tmp_path / "responses.jsonl").write_text('{"checkpoint"')
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "nowhere=plain"), "--out", str(tmp_path)])
     with pytest.raises(stage0.UserError, match="no such checkpoint folder"):
         judge.main()
-    assert (tmp_path / "responses.jsonl").read_text() == "finished"
+    assert (tmp_path / "responses.jsonl").read_text() == '{"checkpoint"'

@@ -124,7 +124,7 @@ def test_stage_1_and_3_checkpoints_load_in_transformers_with_the_same_logits(smo
 
 SHORT_RUNS = {
     "stage0_model.py": "--batch-tokens 1500 --hidden-size 64 --layers 1",
-    "stage1_zero.py": "--init {init} --prompts 2 --group-size 3 --max-new-tokens 40 --max-rounds 1",
+    "stage1_zero.py": "--init {init} --prompts 2 --group-size 3 --max-new-tokens 40 --overlong-buffer 20 --max-rounds 1",
 }
 
 
@@ -195,12 +195,8 @@ def test_the_sequential_twin_and_every_ablation_of_papo_runs(tmp_path, monkeypat
         assert all(row["used"] == row["sampled"] == 6 for row in rows)
 
 
-def test_a_run_with_other_arguments_starts_afresh(tmp_path):
-    # the same arguments keep what is there, others clear it
-    for steps, kept in ((5, False), (5, True), (6, False)):
-        run_folder = stage0.Run(stage0.parse_args(["--out", str(tmp_path), "--steps", str(steps)]))
-        assert (tmp_path / "resume" / "state.pt").exists() is kept
-        run_folder.checkpoint(random_model(50), [], 3)
+def stage0_run(folder, *flags):
+    return stage0.Run(stage0.parse_args(["--out", str(folder), *map(str, flags)]))
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys):
@@ -209,7 +205,8 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path,
     run_folder.checkpoint(model, [], 3)
     with pytest.raises(SystemExit) as caught:
         stage0.run_main(lambda: run_folder.log(step=4, loss=float("nan")))
-    assert caught.value.code == 2 and "loss is nan at step 4" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and "loss is nan at step 4" in message and "--lr 0.0015" in message
     assert (tmp_path / "resume" / "state.pt").is_file()
 
 

@@ -2,10 +2,12 @@
 
 import random
 import re
+import time
 
 import pytest
 import torch
 
+import eval as judge
 import stage0_model as stage0
 from stage1_zero import VIOLATIONS, dapo_advantages, dapo_loss, format_score, overlong_penalty, parse_response
 
@@ -142,3 +144,93 @@ def test_dapo_loss_is_a_mean_over_tokens_not_over_responses():
 @pytest.mark.parametrize("num_tokens, penalty", [(0, 0.0), (80, 0.0), (90, -0.5), (100, -1.0), (150, -1.0)])
 def test_soft_overlong_penalty(num_tokens, penalty):
     assert abs(overlong_penalty(num_tokens, 100, 20) - penalty) < 1e-9
+
+
+def hostile_texts(n=20_000):
+    """Texts that a model could write to break a parser: very long, very deep, very many of one thing."""
+    tags = [
+        "<guideline>",
+        "</guideline>",
+        "<plan>",
+        "</plan>",
+        "<step>",
+        "</step>",
+        "<takeaway>",
+        "</takeaway>",
+    ]
+    pieces = [
+        *tags,
+        "\\boxed{",
+        "\\boxed{}",
+        "{",
+        "}",
+        "1:",
+        "9" * 50,
+        " ",
+        "\n",
+        "<",
+        "</",
+        "&",
+        "[",
+        "(",
+        "-",
+        "\0",
+        "\u0663:",
+    ]
+    texts = [piece * (n // len(piece)) for piece in pieces]
+    texts += [
+        "<plan>" + "0" * n,
+        "<step>" + "9" * n + ":x</step>",
+        "<guideline><plan>" + "1" * n + ":x</plan></guideline>",
+    ]
+    texts += ["\\boxed{" + opening * n for opening in "[({"]
+    texts += ["\\boxed{" + "[" * n + "]" * n + "}", '\\boxed{{"House 1": ' + '{"a":' * n + "}" * n + "}"]
+    rng = random.Random(0)
+    texts += ["".join(rng.choice(pieces) for _ in range(rng.randint(1, 300))) for _ in range(400)]
+    return texts
+
+
+def test_no_text_breaks_parser_judges_or_page_or_takes_them_long():
+    problems = [
+        stage0.Problem("sums", "q", "09"),
+        stage0.Problem("countdown", "q", "3+4", {"numbers": [3, 4, 5], "target": 7}),
+        stage0.Problem("countdown", "q", "none", {"numbers": [3, 4, 5], "target": 99}),
+        stage0.Problem("grid", "q", '{"House 1": {"Name": "Ann"}}'),
+        stage0.Problem("choice", "q", "B"),
+    ]
+    for text in hostile_texts():
+        began = time.process_time()
+        assert parse_response(text).violations
+        assert not any(problem.verify(text) for problem in problems), text[:50]
+        page = judge.trace_page([("<title>", text)])
+        assert time.process_time() - began < 1.0, text[:50]
+        assert "<script" not in page and "<plan" not in page
+
+
+@pytest.mark.parametrize(
+    "unit", ["<guideline>", "<step>1:", "<plan>", "</step>", "\\boxed{", "<", "0", "<step>1:x</step>"]
+)
+def test_parser_and_page_take_linear_time(unit):
+    def seconds(n):
+        text = unit * (n // len(unit))
+        began = time.process_time()
+        parse_response(text)
+        judge.trace_page([("", text)])
+        return time.process_time() - began
+
+    seconds(10_000)
+    few = min(seconds(50_000) for _ in range(3))
+    many = min(seconds(400_000) for _ in range(3))
+    assert many < 8 * 3 * max(few, 0.002)  # quadratic would be 64
+
+
+def test_a_page_loses_nothing_of_a_broken_response():
+    text = "a<step>1:x<guideline>b<plan>1:c</plan> d</guideline>e <3 </b><takeaway>f"
+    page = judge.trace_page([("", text)])
+    for piece in ("a", "1:x", "b", "1:c", " d", "e &lt;3 &lt;/b&gt;", "f"):
+        assert piece in page.split("<h3></h3>")[1]
+
+
+def test_numbers_of_any_length_are_numbers():
+    assert "numbering" in parse_response(f"<guideline><plan>{'1' * 5000}:A</plan></guideline>").violations
+    assert not parse_response(GOOD.replace("<plan>1:", "<plan>001:")).violations
