@@ -393,12 +393,15 @@ class Request:
         """Tokens of the response so far."""
         return len(self.tokens) - len(self.prompt)
 
-    def receive(self, sampled, logprobs):
-        """Append one sampled token after each tip; then go on, fork, join, or finish."""
+    def receive(self, drawn):
+        """Append one token after each tip; then go on, fork, join, or finish.
+
+        drawn: iterator of (token id, log-probability), of which one for each tip is taken.
+        """
         tips = self.tips
         self.tips = []
         self.step += 1
-        for tip, id, logprob in zip(tips, sampled, logprobs):
+        for tip, (id, logprob) in zip(tips, drawn):
             block, branch, position = self.tokens[tip][1:4]
             self.tokens.append(Token(id, block, branch, position + 1, logprob, step=self.step))
             if id not in self.rules.special:
@@ -709,15 +712,12 @@ class Engine:
         admitted = self.schedule()
         logits = self.run(admitted)  # (M, V), of the tips of all active requests
         self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, self.kv_tokens_in_use)
-        tokens, logprobs = self.sample(logits)
+        drawn = zip(*self.sample(logits))
 
-        # postprocess: hand every request the tokens of its tips, then clear the rows of those that
-        # finished
-        first = 0
+        # postprocess: every request takes the tokens of its tips, then the rows of those that
+        # finished are cleared
         for request in self.active:
-            last = first + len(request.tips)
-            request.receive(tokens[first:last], logprobs[first:last])
-            first = last
+            request.receive(drawn)
         finished = [request for request in self.active if request.finish_reason]
         for request in reversed(finished):
             self.vacate(request)

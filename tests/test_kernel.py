@@ -108,7 +108,8 @@ def run_kernel(
             "nan"
         )  # what lies beyond a row must not be touched
     q = torch.randn(len(row), H + H_kv, D).to(dtype)[:, :H]  # a slice, as the model makes it
-    M = min(128, max(16, 1 << (int(count.max()) * G - 1).bit_length()))
+    most = engine_module.most_query_rows(dtype, D)
+    M = min(most, max(16, 1 << (int(count.max()) * G - 1).bit_length()))
     splits, of_token = make_splits(np.arange(R) * capacity, length, count, M // G, target)
     assert len(splits) <= len(row) + target
     slot[list(blind)] = -1
