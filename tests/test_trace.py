@@ -223,10 +223,12 @@ def traces(model, tokenizer):
         model, tokenizer, parallel=False, script={(0, 0): "8+7=15;9*7=64 \\boxed{9}<|im_end|>"}
     )
     _, [real] = decode(model, tokenizer, script={(0, 0): "x+3=7 so 2+2=5 <b>&amp;</b>\n<|im_end|>"})
+    markup = trace(tokenizer, real, PROMPT, "If x+3=7, what is x <img src=y>?", "stage0 (plain)")
+    markup["text"][0] = "<u>x</u>"  # as one token
     return [
         trace(tokenizer, parallel, PROMPT, QUESTION, "stage3 (parallel)", "right"),
         trace(tokenizer, alone, PROMPT, QUESTION, "stage0 (plain)", "wrong, (9*7)+8 is right"),
-        trace(tokenizer, real, PROMPT, "If x+3=7, what is x <img src=y>?", "stage0 (plain)"),
+        markup,
     ]
 
 
@@ -459,8 +461,8 @@ def test_every_trace_is_in_the_chooser_and_a_sequential_one_races_or_runs_alone(
     assert page.inner_text("#verdict") == "wrong, (9*7)+8 is right"
     assert page.evaluate("T.step") == list(range(1, m + 1))
     page.select_option("#questions", index=1)
-    assert page.inner_text("#question") == traces[2]["question"] and page.locator("img, b b").count() == 0
-    assert "".join(page.evaluate("T.text")) == "x+3=7 so 2+2=5 <b>&amp;</b>\n<|im_end|>"
+    assert page.inner_text("#question") == traces[2]["question"] and page.locator("img, u").count() == 0
+    assert page.locator("#lanes button").first.inner_text() == "<u>x</u>"
 
 
 @pytest.mark.slow
