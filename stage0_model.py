@@ -1851,7 +1851,7 @@ class Run:
         from_all_ranks([])  # nobody goes on before the folder is in order
 
     def present(self):
-    """A stage's output folder: args.json, inputs.json, log.jsonl, `resume/` while it runs.
+        """RUN_FILES that are here.  A data/ without an account of its sampling is the user's."""
         sampled = (self.path / "rejection.json").is_file()
         return [n for n in RUN_FILES if os.path.lexists(self.path / n) and (n != "data" or sampled)]
 
