@@ -29,6 +29,7 @@ torch.set_num_threads(1)  # toy models: a second thread costs more than it bring
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=3000, help="requests of the engine's fuzz test")
+    parser.addoption("--soak", type=int, default=400, help="requests of the engine's soak test")
 
 
 def pytest_collection_modifyitems(config, items):

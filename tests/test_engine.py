@@ -356,6 +356,47 @@ def test_fuzz_random_weights_budgets_and_limits_hold_every_invariant(happy, toke
     assert said_step > 0
 
 
+@pytest.mark.slow
+def test_one_engine_serves_request_after_request_in_the_same_memory(happy, tokenizer, request, capsys):
+    """400 requests in calls of many sizes, some interrupted; pytest --soak 3000 for more."""
+    rng = random.Random(1)
+    eng = Engine(happy, tokenizer, kv_tokens=4000, max_rows=64)
+    left = total = request.config.getoption("soak")
+    interrupts = 0
+    resident = []  # MB after each call
+    sample = eng.sample
+    while left > 0:
+        n = min(left, rng.randint(1, 60))
+        eng.sample = sample
+        if rng.random() < 0.2:  # Ctrl-C in the middle of a step
+            eng.sample = interrupted(sample, rng.randint(1, 8))
+        try:
+            eng.generate(random_prompts(rng, n), max_new_tokens=rng.choice([5, 40, 80]), seed=left)
+        except KeyboardInterrupt:
+            interrupts += 1
+        assert eng.kv_tokens_in_use == 0 and not eng.active and not eng.waiting
+        left -= n
+        resident.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6)
+    first, last = max(resident[: len(resident) // 4 + 1]), resident[-1]
+    with capsys.disabled():
+        print(
+            f"\nsoak: {total} requests, {interrupts} interrupts, {first:.0f} MB early, {last:.0f} MB at the end"
+        )
+    assert interrupts > 0 and last < 1.1 * first + 20
+
+
+def interrupted(sample, after):
+    """Engine.sample that is interrupted once, after so many calls."""
+    calls = iter(range(after))
+
+    def sample_or_interrupt(logits):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return sample(logits)
+
+    return sample_or_interrupt
+
+
 @pytest.mark.parametrize(
     "text, error",
     [
