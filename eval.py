@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from engine import TAGS, Engine, Sequence, batches, token_logprobs
 from stage0_model import (
-    KINDS, PLAIN_PROMPT, REAL_PLAIN_PROMPT, SPLITS, UserError, apply_op, first_moves, from_all_ranks, last_boxed, load, make_problems,
+    KINDS, PLAIN_PROMPT, REAL_PLAIN_PROMPT, SPLITS, UserError, from_all_ranks, last_boxed, load, make_problems,
     my_share, pick_device, prompt_ids, ranks, read_problems, read_prompt, response_text, run_main, write_atomic,
 )  # fmt: skip
 from stage1_zero import parse_response
@@ -87,14 +87,10 @@ def decode(engine, problems, mode, args, k=1, temperature=1.0, progress=True):
 
 
 def parts_of(problem):
-    """How many parts a made problem has: its chains, its terms, or the first moves that lead to a countdown's target.  None for a real one.
-
-    3 4 5 make 35 -> 1: only 3+4, then 7*5      3 4 5 make 12 -> 3: 3+4+5 may begin with any two
-    """
-    if problem.kind == "countdown":
-        target, values = problem.parts["target"], [(apply_op(x, op, y), rest) for x, op, y, rest in first_moves(problem.parts["numbers"])]
-        return sum(any(apply_op(max(value, z), op, min(value, z)) == target for z in rest for op in "+-*") for value, rest in values)
-    return len(problem.parts.get("chains") or problem.parts.get("terms") or []) or None
+    """How many parts a made problem has: the chains of its rounds, its terms, or the first moves that lead to a countdown's target.  None for a
+    real one."""
+    parts = problem.parts
+    return sum(len(labels) for labels, _, _ in parts.get("rounds", [])) or len(parts.get("terms", [])) or parts.get("leading")
 
 
 def judge(problem, rollout, tokenizer):

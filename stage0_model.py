@@ -49,11 +49,14 @@ class UserError(Exception):
 # ======================================================================================================================
 # 1. The world: problems with many independent parts
 # ======================================================================================================================
-# Three kinds, chosen for what parallel thought can do to each:
-#   chains     decomposition: of up to 8 independent chains of arithmetic, each inherently sequential, work 2-8 and compare or add up their ends
-#   sums       decomposition with a sequential tail: 2-6 of up to 8 independent products, then a running total modulo 100
-#   countdown  exploration: each plan is a first move towards a target; a block that found nothing is followed by one with other moves, until
-#              one leads there or none is left
+# Three kinds, each of which asks for something that the base was shown often in its parts and seldom whole:
+#   chains     composition: a round works independent chains of arithmetic and takes the largest, the smallest or the total of their ends, M; the
+#              chains of the next round begin with M.  The corpus is rounds alone, very few of two or three
+#   sums       care: products of two numbers, then a running total modulo 100.  The corpus mostly has a product done in the head, in one go,
+#              which so small a model cannot, and sometimes in writing, digit by digit, which it can
+#   countdown  search: four numbers and a target which one or two of about fourteen first moves lead to.  The corpus tries a few of them
+#
+# A problem's rung is its depth (rounds; digits of the second factor; numbers) and its width (parts of a round).
 
 KINDS = ("chains", "sums", "countdown")
 SPLITS = ("train", "tune", "heldout", "hard")
@@ -80,8 +83,8 @@ class Problem:
     def verify(self, response_text):
         r"""True if the last `\boxed{}` after the last block is a right answer.  Boxes inside a block do not count.
 
-        `countdown` accepts every expression that uses each given number at most once and reaches the target, and where there is none, only
-        the word none; real problems are left to the JUDGES of section 1b.
+        `countdown` accepts every expression that uses each given number at most once and reaches the target; real problems are left to the
+        JUDGES of section 1b.
         """
         boxed = last_boxed(ANY_TAG.split(response_text)[-1])
         if boxed is None:
@@ -89,8 +92,6 @@ class Problem:
         if self.kind in JUDGES:
             return JUDGES[self.kind](boxed, self.answer)
         if self.kind == "countdown":
-            if self.answer == "none":
-                return boxed.strip() == "none"
             value, used = evaluate(boxed)
             left = list(self.parts["numbers"])
             for number in used:
@@ -154,77 +155,100 @@ def first_moves(numbers):
     return moves
 
 
-def two_moves(x, op, y, op2, z, value):
-    """A countdown's move x op y, which gave value, and the next one, as one expression; z comes first only where it must: '(7+5)+18', '18-(7+5)'."""
-    return f"{z}-({x}{op}{y})" if op2 == "-" and value < z else f"({x}{op}{y}){op2}{z}"
+def endings(value, rest):
+    """What + and - make of a first move's value and the two numbers left, in their order: [(op, its result, [(op, its result), ..]), ..].
+
+    44, [7, 9] -> [('+', 51, [('+', 60), ('-', 42)]), ('-', 37, [('+', 46), ('-', 28)])]; what leaves 0..99 is left out
+    """
+    tree = []
+    for op in "+-":
+        middle = apply_op(value, op, rest[0])
+        if 0 <= middle <= 99:
+            ends = [(op2, apply_op(middle, op2, rest[1])) for op2 in "+-"]
+            tree.append((op, middle, [(op2, end) for op2, end in ends if 0 <= end <= 99]))
+    return tree
 
 
-def reachable(numbers):
-    """Absolute value of everything that + - * can make of some of the numbers, each used at most once: [2, 3] -> {1, 2, 3, 5, 6}."""
-    values = set(numbers)
-    for i in range(len(numbers)):
-        for j in range(i):
-            rest = [n for m, n in enumerate(numbers) if m not in (i, j)]
-            for op in "+-*":
-                values |= reachable([abs(apply_op(numbers[i], op, numbers[j])), *rest])
-    return values
+# How many problems of each depth and of each width there are, {size: weight}: in the base's corpus, where stages 1-3 learn and are judged, and
+# beyond both (the split `hard`).
+RUNGS = {
+    "chains": {
+        "corpus": ({1: 95, 2: 4, 3: 1}, {1: 5, 2: 30, 3: 30, 4: 20, 5: 6, 6: 4, 7: 3, 8: 2}),
+        "edge": ({1: 40, 2: 45, 3: 15}, {1: 5, 2: 5, 3: 15, 4: 25, 5: 25, 6: 15, 7: 5, 8: 5}),
+        "beyond": ({4: 1}, {4: 1, 5: 1, 6: 1}),
+    },
+    "sums": {
+        "corpus": ({1: 30, 2: 66, 3: 4}, {1: 5, 2: 30, 3: 30, 4: 20, 5: 6, 6: 4, 7: 3, 8: 2}),
+        "edge": ({1: 10, 2: 65, 3: 25}, {1: 5, 2: 10, 3: 20, 4: 20, 5: 20, 6: 15, 7: 5, 8: 5}),
+        "beyond": ({3: 1}, {7: 1, 8: 1}),
+    },
+    "countdown": {"corpus": ({4: 1}, {1: 1, 2: 1}), "edge": ({4: 1}, {1: 1, 2: 1}), "beyond": ({4: 1}, {1: 1})},
+}
 
 
-def draw_labels(rng, n):
-    """n letters of A..H in order, not always the first n: a training problem of two parts may name G and H, so hard ones name nothing new."""
-    return sorted(rng.sample("ABCDEFGH", n))
+def draw_size(rng, weights):
+    """One of the sizes, as often as its weight says: {2: 3, 4: 1} -> 2 in three of four cases."""
+    return rng.choices(list(weights), list(weights.values()))[0]
 
 
-def draw_problem(kind, rng, hard=False):
-    """One random problem.  `hard` is more than any training problem: chains of more operations in all, sums of more terms, countdowns of four
-    numbers instead of three."""
-    if kind == "chains":
-        # In training no more than 60 operations are asked for: few long chains or many short ones.  Hard asks for 96, eight chains of twelve: that
-        # it is all of them at once is new, not a list of eight, a chain of twelve, or a question of eight twelves (some chains are not asked for).
-        # The largest of eight ends is mostly the largest of seven too; a total, one question in six, is wrong without any one of them.
-        n = 8 if hard else rng.randint(2, 8)
-        most = min(12, 60 // n)
-        length, labels = 12 if hard else rng.randint(5, most), draw_labels(rng, rng.randint(n, 8))
-        asked, goal, chains, ends = sorted(rng.sample(labels, n)), rng.choice([*5 * ["largest", "smallest"], "total", "total"]), {}, []
-        for c in labels:  # all of one length: the longest branch sets the critical path
+def draw_chains(rng, depth, width):
+    """`depth` rounds of about `width` chains; from the second on they begin with M, what the round before came to."""
+    widths = [width] + [max(1, min(8, width + rng.randint(-1, 1))) for _ in range(depth - 1)]
+    letters, rounds, written, result = sorted(rng.sample("ABCDEFGHIJKLNOPQRSTUVWXYZ", min(25, sum(widths)))), [], [], None
+    for width in widths:
+        labels, letters = letters[:width], letters[width:]
+        goal, length = rng.choice(["largest", "smallest", "largest", "smallest", "total"]), rng.randint(4, 6)
+        chains, ends = [], []
+        for _ in labels:  # all of one length: the longest branch sets the critical path
             start, ops = rng.randint(10, 99), []
             for _ in range(length):
                 op = rng.choice("++--*")
                 ops.append((op, rng.randint(2, 3) if op == "*" else rng.randint(2, 9)))
-            chains[c] = (start, ops)
-        for value, ops in (chains[c] for c in asked):
+            value = start if result is None else result
             for op, operand in ops:
                 value = apply_op(value, op, operand) % 100
             ends.append(value)
-        written = " ".join(f"{c}:{start}" + "".join(f"{op}{k}" for op, k in ops) for c, (start, ops) in chains.items())
-        question = f"{written} modulo 100, {goal} of {' '.join(asked)}?"
-        end = {"largest": max, "smallest": min, "total": sum}[goal](ends) % 100
-        return Problem(kind, question, f"{end:02d}", {"chains": [chains[c] for c in asked], "labels": asked, "goal": goal})
-    if kind == "sums":
-        # as in chains, a question may name more terms than it asks for: hard is new in how many are asked for, not in how long the question is
-        n = rng.randint(7, 8) if hard else rng.randint(2, 6)
-        labels, total = draw_labels(rng, rng.randint(n, 8)), 0
-        asked = sorted(rng.sample(labels, n))
-        terms = {c: ("+" if c == asked[0] else rng.choice("+-"), rng.randint(11, 49), rng.randint(2, 9)) for c in labels}
-        for sign, a, b in (terms[c] for c in asked):
-            total = apply_op(total, sign, a * b) % 100
-        written = " ".join(f"{sign if i else ''}{c}:{a}*{b}" for i, (c, (sign, a, b)) in enumerate(terms.items()))
-        question = f"{written} modulo 100, total of {' '.join(asked)}?"
-        return Problem(kind, question, f"{total:02d}", {"terms": [terms[c] for c in asked], "labels": asked})
-    if kind == "countdown":
-        while True:
-            numbers = sorted(rng.sample(range(2, 26), 4 if hard else 3))
-            x, op, y, rest = rng.choice(first_moves(numbers))
-            value, z, op2 = apply_op(x, op, y), rng.choice(rest), rng.choice("+-*")
-            target = apply_op(max(value, z), op2, min(value, z))
-            answer = two_moves(x, op, y, op2, z, value)
-            if not hard and rng.random() < 0.2:  # so that it can be right to find nothing, and a search learns to come to an end
-                target, answer = rng.randint(10, 99), "none"
-            if 10 <= target <= 99 and target not in numbers and (answer != "none" or target not in reachable(numbers)):
-                break
-        question = " ".join(map(str, numbers)) + f" make {target}?"
-        return Problem(kind, question, answer, {"numbers": numbers, "target": target})
-    raise ValueError(f"unknown problem kind {kind!r}: expected one of {', '.join(KINDS)} or all")
+            chains.append((start if result is None else "M", ops))
+        written.append(" ".join(f"{c}:{start}" + "".join(f"{op}{k}" for op, k in ops) for c, (start, ops) in zip(labels, chains)) + f" {goal}")
+        rounds.append((labels, chains, goal))
+        result = {"largest": max, "smallest": min, "total": sum}[goal](ends) % 100
+    return Problem("chains", " M; ".join(written) + " modulo 100?", f"{result:02d}", {"rounds": rounds})
+
+
+def draw_sums(rng, depth, width):
+    """`width` products of a number of two digits and one of `depth` digits, to be added and subtracted modulo 100."""
+    labels, total, terms = sorted(rng.sample("ABCDEFGH", width)), 0, []
+    for i in range(width):
+        second = int("".join(str(rng.randint(1, 9)) for _ in range(depth)))
+        terms.append((rng.choice("+-") if i else "+", rng.randint(11, 49), second))
+        total = apply_op(total, terms[i][0], terms[i][1] * second) % 100
+    written = " ".join(f"{sign if i else ''}{c}:{a}*{b}" for i, (c, (sign, a, b)) in enumerate(zip(labels, terms)))
+    return Problem("sums", f"{written} total modulo 100?", f"{total:02d}", {"labels": labels, "terms": terms})
+
+
+def draw_countdown(rng, depth, width):
+    """`depth` numbers and a target; `width` is how many first moves lead to it (as `endings` go), of about fourteen."""
+    while True:
+        numbers, leading = sorted(rng.sample(range(2, 26), depth)), {}
+        for x, op, y, rest in first_moves(numbers):
+            for end in {end for *_, ends in endings(apply_op(x, op, y), rest) for _, end in ends}:
+                leading.setdefault(end, []).append((x, op, y, rest))
+        targets = [end for end, moves in leading.items() if 10 <= end and len(moves) == width and end not in numbers]
+        if targets:
+            break
+    target = rng.choice(sorted(targets))
+    x, op, y, rest = leading[target][0]
+    op2, op3 = next((op2, op3) for op2, _, ends in endings(apply_op(x, op, y), rest) for op3, end in ends if end == target)
+    answer, question = f"({x}{op}{y}){op2}{rest[0]}{op3}{rest[1]}", " ".join(map(str, numbers)) + f" make {target}?"
+    return Problem("countdown", question, answer, {"numbers": numbers, "target": target, "leading": width})
+
+
+def draw_problem(kind, rng, reach="edge"):
+    """One random problem of a kind; reach, one of `corpus`, `edge` and `beyond`, says from which rungs (RUNGS)."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown problem kind {kind!r}: expected one of {', '.join(KINDS)} or all")
+    depth, width = (draw_size(rng, weights) for weights in RUNGS[kind][reach])
+    return {"chains": draw_chains, "sums": draw_sums, "countdown": draw_countdown}[kind](rng, depth, width)
 
 
 def split_of(question):
@@ -244,7 +268,7 @@ def make_problems(kind, split, n, seed):
     rng = random.Random(f"{kind}/{split}/{seed}")
     problems, seen, tries = [], set(), 0
     while len(problems) < n:
-        problem = draw_problem(kinds[len(problems) % len(kinds)], rng, hard=split == "hard")
+        problem = draw_problem(kinds[len(problems) % len(kinds)], rng, "beyond" if split == "hard" else "edge")
         tries += 1
         if tries > 1000 + 100 * n:
             raise ValueError(f"{kind}/{split} has no {n} distinct problems")
@@ -404,79 +428,95 @@ def read_prompt(prompt_file, data):
 # ======================================================================================================================
 # 2. Worked solutions: the corpus of the base
 # ======================================================================================================================
-# Text written by people has slips.  So has this corpus: each single result is wrong with probability `slip`, and the mistake
-# is carried on consistently.  A model that imitates it samples slips too, which is what reinforcement learning can remove.
+# Text written by people has slips.  So has this corpus, few: a single result is wrong with probability `slip`, and the mistake is carried
+# on consistently.  What it teaches well is the parts.  What it shows seldom is the whole: rounds after one another, products in writing, a wide search.
 
 
-def work_out(problem, rng, slip):
-    """Rounds of worked parts, and how they end.
+def slipped(rng, slip, value, low=0, high=10**6):
+    """value, or with probability slip a wrong one near it."""
+    return value if rng.random() >= slip else min(high, max(low, value + rng.choice([-10, -2, -1, 1, 2, 10])))
 
-    Returns (rounds, answer): each round is (plans, steps, takeaway); all kinds need one round except a countdown whose moves so far
-    found nothing, which goes on with the next ones in a further round.  For chains, e.g.
-    plans ['A', 'B'], steps ['A12+5=17*3=51;a51', 'B40-7=33*2=66;b66'], takeaway 'a51b66', answer '66'.
-    """
 
-    def slipped(value, low=0, high=10**6):
-        if rng.random() >= slip:
-            return value
-        return min(high, max(low, value + rng.choice([-10, -2, -1, 1, 2, 10])))
+def added_up(rng, slip, ends):
+    """A running total modulo 100, two digits at a time: [('+', 'a', 51), ('-', 'b', 66)] -> ('a51-b66=85', 85)."""
+    _, label, total = ends[0]
+    takeaway = f"{label}{total:02d}"
+    for sign, label, end in ends[1:]:
+        total = slipped(rng, slip, apply_op(total, sign, end) % 100, 0, 99)
+        takeaway += f"{sign}{label}{end:02d}={total:02d}"
+    return takeaway, total
 
-    def added_up(ends):  # [('+', 'a', 51), ('-', 'b', 66)] -> ('a51-b66=85', '85'): two digits at a time
-        sign, label, total = ends[0]
-        takeaway = f"{label}{total:02d}"
-        for sign, label, end in ends[1:]:
-            total = slipped(apply_op(total, sign, end) % 100, 0, 99)
-            takeaway += f"{sign}{label}{end:02d}={total:02d}"
-        return takeaway, f"{total:02d}"
 
-    parts = problem.parts
-    if problem.kind == "chains":
+def work_out_chains(parts, rng, slip):
+    """Every round a block: plans ['A', 'B'], steps ['A12+5=17*3=51;a51', 'B40-7=33*2=66;b66'], takeaway 'a51b66;M66'."""
+    rounds, result = [], None
+    for labels, chains, goal in parts["rounds"]:
         steps, ends = [], []
-        for label, (value, ops) in zip(parts["labels"], parts["chains"]):
-            text = f"{label}{value}"
+        for label, (start, ops) in zip(labels, chains):
+            value = start if result is None else result
+            text = f"{label}{value:02d}"
             for op, operand in ops:
-                value = slipped(apply_op(value, op, operand) % 100, 0, 99)
+                value = slipped(rng, slip, apply_op(value, op, operand) % 100, 0, 99)
                 text += f"{op}{operand}={value:02d}"
             ends.append(("+", label.lower(), value))
             steps.append(f"{text};{label.lower()}{value:02d}")
-        if parts["goal"] == "total":
-            takeaway, answer = added_up(ends)
+        if goal == "total":
+            takeaway, result = added_up(rng, slip, ends)
         else:
             takeaway = "".join(f"{label}{end:02d}" for _, label, end in ends)
-            answer = f"{(max if parts['goal'] == 'largest' else min)(end for *_, end in ends):02d}"
-        return [(list(parts["labels"]), steps, takeaway)], answer
-    if problem.kind == "sums":
-        steps, ends = [], []
-        for label, (sign, a, b) in zip(parts["labels"], parts["terms"]):
-            tens, units = slipped(a // 10 * 10 * b), slipped(a % 10 * b)
-            product = slipped(tens + units)
-            ends.append((sign, label.lower(), product % 100))
-            steps.append(f"{label}{a}*{b}={a // 10 * 10}*{b}+{a % 10}*{b}={tens}+{units}={product};{label.lower()}{product % 100:02d}")
-        takeaway, answer = added_up(ends)
-        return [(list(parts["labels"]), steps, takeaway)], answer
+            result = (max if goal == "largest" else min)(end for *_, end in ends)
+        rounds.append((labels, steps, f"{takeaway};M{result:02d}"))
+    return rounds, f"{result:02d}"
+
+
+def work_out_sums(parts, rng, slip, written_share=0.25):
+    """One block, its products in the head, 'A47*83=3901;a01', or in writing, 'A47*83=47*80+47*3=3760+141=3901;a01'."""
+    steps, ends, written = [], [], rng.random() < written_share
+    for label, (sign, a, b) in zip(parts["labels"], parts["terms"]):
+        digits = [int(d) * 10**i for i, d in enumerate(reversed(str(b)))][::-1]  # 83 -> [80, 3]
+        products = [slipped(rng, slip, a * d) for d in digits]
+        product, text = slipped(rng, slip, sum(products)) if len(digits) > 1 else products[0], f"{label}{a}*{b}="
+        if written and len(digits) > 1:
+            text += "+".join(f"{a}*{d}" for d in digits) + "=" + "+".join(map(str, products)) + "="
+        steps.append(f"{text}{product};{label.lower()}{product % 100:02d}")
+        ends.append((sign, label.lower(), product % 100))
+    takeaway, total = added_up(rng, slip, ends)
+    return [(parts["labels"], steps, takeaway)], f"{total:02d}"
+
+
+def work_out_countdown(parts, rng, slip):
+    """Some first moves, each with its endings: '22*2=44;+7=51+9=60/47n-9=42/47n;-7=37+9=46/47n-9=28/47n;n'.  The step that hits ends in what
+    to answer, 'y(22*2)+7-9'.  Few moves are tried, and after a block that found nothing few go on."""
     target, moves, rounds, found = parts["target"], first_moves(parts["numbers"]), [], None
+    rng.shuffle(moves)
     while not found and moves:
-        k = rng.randint(3, 5 if rounds else 6)  # how many to try at once is open, their order is not: none comes twice, and the end is in sight
-        if len(moves) - k < 3:
-            k = len(moves)  # the one or two left over are not worth a block of their own
+        k = min(len(moves), draw_size(rng, {2: 30, 3: 25, 4: 20, 5: 10, 6: 8, 7: 4, 8: 3}))
         now, moves, steps = moves[:k], moves[k:], []
         for x, op, y, rest in now:
-            value = slipped(apply_op(x, op, y), 1, 99)
-            text, verdict = f"{x}{op}{y}={value};", "n"
-            seconds = [(max(value, z), op2, min(value, z), z) for z in rest for op2 in "+-*"]
-            for u, op2, v, z in seconds:
-                if apply_op(u, op2, v) > 99:
-                    continue  # no target is above 99, and two-digit products are not what this model is to learn
-                result = slipped(apply_op(u, op2, v), 0)
-                hit = result == target
-                text += f"{u}{op2}{v}={result}/{target}{'y' if hit else 'n'}"
-                if hit:
-                    verdict = "y" + two_moves(x, op, y, op2, z, value)
+            value = slipped(rng, slip, apply_op(x, op, y), 1, 99)
+            text, verdict = f"{x}{op}{y}={value}", "n"
+            for op2, middle, ends in endings(value, rest):
+                middle = slipped(rng, slip, middle, 0, 99)
+                text += f";{op2}{rest[0]}={middle}"
+                for op3, _ in ends:
+                    end = slipped(rng, slip, apply_op(middle, op3, rest[1]), 0)
+                    text += f"{op3}{rest[1]}={end}/{target}{'y' if end == target else 'n'}"
+                    if end == target:
+                        verdict = f"y({x}{op}{y}){op2}{rest[0]}{op3}{rest[1]}"
+                        break
+                if verdict != "n":
                     break
             steps.append(f"{text};{verdict}")
             found = found or (verdict[1:] or None)
         rounds.append(([f"{x}{op}{y}" for x, op, y, _ in now], steps, found or "none"))
+        if rng.random() >= 0.12:
+            break
     return rounds, found or "none"
+
+
+def work_out(problem, rng, slip):
+    """(rounds, answer) of a worked solution, as a person might write it: each round is (plans, steps, takeaway)."""
+    return {"chains": work_out_chains, "sums": work_out_sums, "countdown": work_out_countdown}[problem.kind](problem.parts, rng, slip)
 
 
 def plain_solution(rounds, answer):
@@ -529,7 +569,7 @@ def is_canonical(text):
 def corpus_document(rng, slip, valid_share, malformed_share):
     """(question, system prompt, response) of the stage-0 corpus; half the prompts ask for the format."""
     while True:
-        problem = draw_problem(rng.choice([*KINDS, "sums"]), rng)  # sums twice: running totals are what this model finds hardest
+        problem = draw_problem(rng.choice(KINDS), rng, "corpus")
         if split_of(problem.question) == "train":
             break
     rounds, answer = work_out(problem, rng, slip)
@@ -1265,7 +1305,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=3e-3, help="AdamW learning rate (embeddings and norms)")
     p.add_argument("--muon-lr", type=float, default=4e-3, help="Muon learning rate (matrices)")
     p.add_argument("--warmdown", type=float, default=0.3, help="share of the steps over which the rate falls to zero at the end")
-    p.add_argument("--slip", type=float, default=0.06, help="probability that a single result in the corpus is wrong")
+    p.add_argument("--slip", type=float, default=0.01, help="probability that a single result in the corpus is wrong")
     p.add_argument("--valid-share", type=float, default=0.25, help="share of format-asking documents that are perfect")
     p.add_argument("--malformed-share", type=float, default=0.15, help="share of format-asking documents that nearly are")
     p.add_argument("--hidden-size", type=int, default=128, help="width of the model, C")
@@ -1291,7 +1331,7 @@ def main():
     config = Qwen3Config(
         vocab_size=math.ceil(len(tokenizer) / 16) * 16 + 16,  # spare rows, as in Qwen3: stage 2's tags will fit without resizing
         hidden_size=C, intermediate_size=3 * C, num_hidden_layers=args.layers,
-        num_attention_heads=C // 32, num_key_value_heads=max(1, C // 64), eos_token_id=tokenizer.eos_token_id,
+        num_attention_heads=C // 32, num_key_value_heads=max(1, C // 128), eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     model = Qwen3(config).to(device)
     print(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens in the vocabulary")
