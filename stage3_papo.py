@@ -83,7 +83,7 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts")
     p.add_argument("--sequential", action="store_true", help="the twin SR: sequential rollouts, causal mask, same updates")
     p.add_argument("--group-std", action="store_true", help="ablation: the standard deviation of each group, as in GRPO")
-    p.add_argument("--no-schema-filter", action="store_true", help="ablation: keep malformed and truncated rollouts, with reward -1")
+    p.add_argument("--schema-filter", action="store_true", help="as in the paper: drop malformed and truncated rollouts, which here score -1")
     p.add_argument("--clip-updates", type=int, default=0, help="ablation: so many PPO updates per batch, clipped, instead of one")
     p.add_argument("--count-forced", action="store_true", help="ablation: forced tokens carry loss like sampled ones")
     p.add_argument("--micro-tokens", type=int, default=0, help="padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU")
@@ -115,7 +115,7 @@ def main():
     for step in bar:
         began = time.time()
 
-        # ---- rollout and reward: the schema filter drops what is malformed or truncated ----
+        # ---- rollout and reward: what is malformed or truncated scores -1, or is dropped (--schema-filter) ----
         problems = my_share(draw_problems(data, args.kind, args.prompts, f"{args.seed}/{step}"))
         prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
         responses = engine.generate(
@@ -136,7 +136,7 @@ def main():
         batch, judged = [], []  # batch: (group, prompt, rollout, reward)
         for g, (prompt, rollouts, rewards, verdicts) in enumerate(from_all_ranks(drawn)):
             judged += verdicts
-            batch += [(g, prompt, r, R) for r, R, (valid, *_) in zip(rollouts, rewards, verdicts) if valid or args.no_schema_filter]
+            batch += [(g, prompt, r, R) for r, R, (valid, *_) in zip(rollouts, rewards, verdicts) if valid or not args.schema_filter]
         rollout_seconds = time.time() - began
         valid, accuracy, reward, length, path, plans = (float(np.mean([j[i] for j in judged])) for i in range(6))
 
