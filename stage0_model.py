@@ -257,18 +257,19 @@ def split_of(question):
     return "tune" if bucket == 0 else "heldout" if bucket == 1 else "train"
 
 
-def make_problems(kind, split, n, seed):
-    """n distinct seeded problems.  kind: one of KINDS, or 'all' for equal shares of each; split: one of SPLITS.
+def make_problems(kind, split, n, seed, reach=""):
+    """n distinct seeded problems.  kind: one of KINDS, or 'all' for equal shares of each; split: one of SPLITS; reach: from which rungs, by
+    default `beyond` for the split hard and `edge` for all others.
 
     Same arguments, same problems.  Raises ValueError for an unknown kind or split, or when the kind has no n distinct problems.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
-    kinds = KINDS if kind == "all" else (kind,)
+    kinds, reach = KINDS if kind == "all" else (kind,), reach or ("beyond" if split == "hard" else "edge")
     rng = random.Random(f"{kind}/{split}/{seed}")
     problems, seen, tries = [], set(), 0
     while len(problems) < n:
-        problem = draw_problem(kinds[len(problems) % len(kinds)], rng, "beyond" if split == "hard" else "edge")
+        problem = draw_problem(kinds[len(problems) % len(kinds)], rng, reach)
         tries += 1
         if tries > 1000 + 100 * n:
             raise ValueError(f"{kind}/{split} has no {n} distinct problems")
@@ -408,9 +409,9 @@ def same_grid(boxed, answer):
 JUDGES = {"math": same_math, "choice": same_choice, "grid": same_grid}
 
 
-def draw_problems(data, kind, n, seed):
+def draw_problems(data, kind, n, seed, reach="edge"):
     """n problems for one step: of `data` (a list, or None), distinct while there are enough; without data made ones of the train split."""
-    return make_problems(kind, "train", n, seed) if data is None else random.Random(seed).sample(data, min(n, len(data)))
+    return make_problems(kind, "train", n, seed, reach) if data is None else random.Random(seed).sample(data, min(n, len(data)))
 
 
 def read_prompt(prompt_file, data):

@@ -180,6 +180,7 @@ def parse_args(argv=None):
     p.add_argument("--answer-column", default="", help="column of --data with the answer, found by its name when not given")
     p.add_argument("--prompt-file", default="", help="text that asks for the format (with --data: assets/format_prompt.txt)")
     p.add_argument("--steps", type=int, default=48, help="rollout batches")
+    p.add_argument("--easy-steps", type=int, default=12, help="first so many steps on the corpus's rungs, where the base is at home: there it finds the format")
     p.add_argument("--prompts", type=int, default=16, help="questions per step")
     p.add_argument("--group-size", type=int, default=12, help="responses per question, G")
     p.add_argument("--updates", type=int, default=4, help="optimizer updates per step, each on its share of the groups")
@@ -220,7 +221,8 @@ def main():
         # ---- rollout and reward: dynamic sampling, until enough groups have something to tell apart ----
         groups, sampled, judged = [], 0, []
         for draw in range(args.max_rounds):
-            problems = my_share(draw_problems(data, args.kind, args.prompts - len(groups), f"{args.seed}/{step}/{draw}"))
+            reach = "corpus" if step <= args.easy_steps else "edge"
+            problems = my_share(draw_problems(data, args.kind, args.prompts - len(groups), f"{args.seed}/{step}/{draw}", reach))
             prompts = [prompt_ids(tokenizer, p.question, format_prompt) for p in problems]
             responses = engine.generate(
                 prompts, n=args.group_size, parallel=False, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
