@@ -146,7 +146,7 @@ def parse_args(argv=None):
     p.add_argument("--samples", type=int, default=2, help="responses per question, K")
     p.add_argument("--keep", type=int, default=2, help="accepted responses kept per question at most, m")
     p.add_argument("--keep-wrong", action="store_true", help="ablation: filter by format alone, wrong answers stay in")
-    p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens")
+    p.add_argument("--max-new-tokens", type=int, default=896, help="response budget in tokens")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     p.add_argument("--sequential", action="store_true", help="the twin SR-BETA: same data and updates, causal mask, all tokens learned")
     p.add_argument("--epochs", type=float, default=4.0, help="passes over the accepted samples")

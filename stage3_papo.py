@@ -8,12 +8,13 @@ L = -(1 / sum_i |y_i|) sum_i sum_t [pi(y_it) / stopgrad(pi(y_it))] A_i
     python stage3_papo.py                         # reads out/stage2, writes out/stage3
     python stage3_papo.py --sequential --init out/stage2_seq --out out/stage3_seq      # SR, the sequential twin
 
-Differences from GRPO, PAPO's four: (1) rollouts by the parallel engine; (2) schema filter: malformed and truncated rollouts are
+Differences from GRPO, PAPO's four: (1) rollouts by the parallel engine; (2) with --schema-filter, malformed and truncated rollouts are
 dropped, so the reward is accuracy alone; (3) the standard deviation is the whole batch's; (4) strictly on-policy: one update per
 batch, no ratio, no clip, so no token's gradient is ever cut off, the tags' least of all.
-Differences from the paper: (1) forced tokens are not actions and carry no loss (--count-forced counts them); (2) the scale of the
+Differences from the paper: (0) the schema filter is off, and what it would drop scores -1: with it nothing holds the format once answers
+may grow; (1) forced tokens are not actions and carry no loss (--count-forced counts them); (2) the scale of the
 logits learns faster than the matrices (--gain-factor 1: all alike), the one direction in which small batches agree.
-The flags --group-std, --no-schema-filter and --clip-updates take one ingredient away each.
+The flags --group-std and --clip-updates take one ingredient away each.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=1e-4, help="peak AdamW learning rate, falling to zero over the last quarter")
     p.add_argument("--muon-lr", type=float, default=0.0, help="peak Muon learning rate of the matrices; 0: AdamW does it all")
     p.add_argument("--gain-factor", type=float, default=400, help="the scale of the logits (gains of the last norm) learns so many times faster")
-    p.add_argument("--max-new-tokens", type=int, default=640, help="response budget in tokens, all branches together")
+    p.add_argument("--max-new-tokens", type=int, default=896, help="response budget in tokens, all branches together")
     p.add_argument("--max-branches", type=int, default=8, help="most plans a guideline may have")
     p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts")
     p.add_argument("--sequential", action="store_true", help="the twin SR: sequential rollouts, causal mask, same updates")
