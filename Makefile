@@ -108,7 +108,7 @@ twins: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins/chains --kind chains --n 300 --greedy 300 --timed 60 $(EVAL)
 	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins/hard --split hard --n 900 --greedy 300 --max-new-tokens 1280 $(EVAL)
 
-ABLATIONS := papo group-std no-schema-filter clip-updates count-forced
+ABLATIONS := papo group-std schema-filter clip-updates count-forced
 ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))
 	$(RUN) eval.py $(ABLATIONS:%=$(OUT)/ablations/%) --out $(OUT)/ablations --n 501 --greedy 3 --timed 0 $(EVAL)
 

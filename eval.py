@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from engine import TAGS, Engine, Example, batches, token_logprobs
-from stage0_model import KIND_CHOICES, KINDS, SPLITS, apply_op, first_moves, make_problems  # made problems
+from stage0_model import KIND_CHOICES, KINDS, SPLITS, make_problems  # made problems
 from stage0_model import (
     PLAIN_PROMPT,
     REAL_PLAIN_PROMPT,
@@ -84,20 +84,12 @@ def judge_all(problems, rollouts, tokenizer):
 
 
 def parts_of(problem):
-    """How many parts a made problem has: its chains, its terms, or the first moves that lead to a
-    countdown's target.  None for a real problem.
-
-    3 4 5 make 35 -> 1: only 3+4, then 7*5      3 4 5 make 12 -> 3: 3+4+5 may begin with any two
+    """How many parts a made problem has: the chains of all its rounds, its terms, or the first
+    moves that lead to a countdown's target.  None for a real problem.
     """
-    if problem.kind != "countdown":
-        return len(problem.parts.get("chains") or problem.parts.get("terms") or []) or None
-    target = problem.parts["target"]
-    values = [(apply_op(x, op, y), rest) for x, op, y, rest in first_moves(problem.parts["numbers"])]
-    # A first move leads there if its value and one of the numbers left do.
-    return sum(
-        any(apply_op(max(value, z), op, min(value, z)) == target for z in rest for op in "+-*")
-        for value, rest in values
-    )
+    parts = problem.parts
+    chains = sum(len(labels) for labels, _, _ in parts.get("rounds", []))
+    return chains or len(parts.get("terms", [])) or parts.get("leading")
 
 
 def mean_and_ci(values_per_problem):
@@ -429,7 +421,7 @@ ARGUMENTS = (
     ("--k",              int,          1,         "samples per problem at --temperature"),
     ("--temperature",    float,        1.0,       "of the sampled columns; a greedy column stands beside them"),
     ("--greedy",         int,          501,       "how many of the problems are decoded greedily too"),
-    ("--max-new-tokens", int,          640,       "response budget in tokens, all branches together"),
+    ("--max-new-tokens", int,          896,       "response budget in tokens, all branches together"),
     ("--top-p",          float,        1.0,       "sample from the smallest set of tokens with this probability (paper: 0.7)"),
     ("--bench",          BENCHES,      [],        "judge on these real benchmarks instead of made problems", {"nargs": "+"}),
     ("--bench-dir",      str,          "",        "folder with their files; a benchmark without a file there comes from the hub"),

@@ -327,7 +327,10 @@ def sample_groups(engine, data, format_prompt, step, args):
     for draw in range(args.max_rounds):
         # The questions of a draw are the same on every rank; each takes a slice of them.
         wanted = args.prompts - len(groups)
-        problems = my_share(draw_problems(data, args.kind, wanted, f"{args.seed}/{step}/{draw}"))
+        # Made ones lie on the corpus's rungs at first: there the base is at home and finds the
+        # format; at the edge, malformed first tries at the rare whole would unlearn it.
+        reach = "corpus" if step <= args.easy_steps else "edge"
+        problems = my_share(draw_problems(data, args.kind, wanted, f"{args.seed}/{step}/{draw}", reach))
         prompts = [prompt_ids(engine.tokenizer, p.question, format_prompt) for p in problems]
 
         # Sequentially: to this stage a tag is a word like any other.
@@ -383,14 +386,15 @@ ARGUMENTS = (
     ("--answer-column",   str,          "",           "column of --data with the answer, found by its name when not given"),
     ("--prompt-file",     str,          "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
     ("--steps",           int,          48,           "rollout batches"),
+    ("--easy-steps",      int,          12,           "first so many steps on the corpus's rungs, where the base can find the format"),
     ("--prompts",         int,          16,           "questions per step"),
     ("--group-size",      int,          12,           "responses per question, G"),
     ("--updates",         int,          4,            "optimizer updates per step, each on its share of the groups"),
-    ("--lr",              float,        1.5e-4,       "peak AdamW learning rate, falling to zero over the last quarter"),
+    ("--lr",              float,        1e-4,         "peak AdamW learning rate, falling to zero over the last quarter"),
     ("--eps-low",         float,        0.2,          "lower clip of the ratio"),
     ("--eps-high",        float,        0.28,         "upper clip of the ratio (clip-higher)"),
     ("--max-rounds",      int,          3,            "dynamic sampling: at most this many rollout rounds per step"),
-    ("--max-new-tokens",  int,          640,          "response budget in tokens"),
+    ("--max-new-tokens",  int,          896,          "response budget in tokens"),
     ("--overlong-buffer", int,          128,          "tokens before the budget over which the overlong penalty grows"),
     ("--temperature",     float,        1.0,          "of the rollouts; 1 keeps the old log-probabilities exact"),
     ("--micro-tokens",    int,          0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),

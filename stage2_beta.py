@@ -251,7 +251,7 @@ ARGUMENTS = (
     ("--samples",         int,          2,            "responses per question"),
     ("--keep",            int,          2,            "accepted responses kept per question at most"),
     ("--keep-wrong",      bool,         False,        "ablation: filter by format alone, wrong answers stay in"),
-    ("--max-new-tokens",  int,          640,          "response budget in tokens"),
+    ("--max-new-tokens",  int,          896,          "response budget in tokens"),
     ("--temperature",     float,        1.0,          "of the sampling"),
     ("--sequential",      bool,         False,        "the twin SR-BETA: same data and updates, causal mask, all tokens learned"),
     ("--epochs",          float,        4.0,          "passes over the accepted samples"),

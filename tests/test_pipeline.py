@@ -165,10 +165,10 @@ def test_a_killed_run_resumes_and_ends_with_the_weights_of_an_uninterrupted_one(
 TWIN_AND_ABLATIONS = [
     "--sequential",
     "--group-std",
-    "--no-schema-filter",
+    "--schema-filter",
     "--clip-updates 2",
     "--count-forced",
-    "--no-schema-filter --count-forced",
+    "--schema-filter --count-forced",
 ]
 
 
@@ -191,7 +191,9 @@ def test_the_sequential_twin_and_every_ablation_of_papo_runs(tmp_path, monkeypat
         assert all(row["logprob_gap"] < 1e-3 for row in rows)
     if flags == "--sequential":
         assert all(row["critical_path"] == row["length"] for row in rows)
-    if "--no-schema-filter" in flags:
+    if "--schema-filter" in flags:
+        assert all(row["used"] == round(row["valid"] * row["sampled"]) for row in rows)
+    else:
         assert all(row["used"] == row["sampled"] == 6 for row in rows)
 
 
