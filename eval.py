@@ -5,6 +5,7 @@ Out: a table, and in --out: eval.json, eval.txt, responses.jsonl, trace.html (fo
 
     python eval.py out/stage0 out/stage1 out/stage2 out/stage3
     python eval.py out/stage3 out/stage3_seq --split hard --n 100 --out out/hard
+    python eval.py out/stage3 --kind chains --depth 4 --width 5 --out out/rung    # one rung exactly
     python eval.py out/npr --bench aime25 math500 --k 8 --out out/real    # real problems, resumable
 
 Each checkpoint is decoded in the mode it was made for: a base is asked plainly, and asked for the
@@ -26,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from engine import TAGS, Engine, Example, batches, token_logprobs
-from stage0_model import KIND_CHOICES, KINDS, SPLITS, make_problems  # made problems
+from stage0_model import KIND_CHOICES, KINDS, SPLITS, make_problems, step_errors  # made problems
 from stage0_model import (
     PLAIN_PROMPT,
     REAL_PLAIN_PROMPT,
@@ -56,6 +57,7 @@ def judge(problem, rollout, tokenizer):
         "answer": problem.answer,
         "response": text,
         "right": problem.verify(text),
+        "false": step_errors(problem, text),  # what it states and is not so
         # A response that was cut off is not valid, however perfect its text.
         "valid": rollout.finish_reason == "stop" and not parsed.violations,
         "finish_reason": rollout.finish_reason,
@@ -134,6 +136,8 @@ def measure(judged):
     return {
         "accuracy": accuracy,
         "accuracy ci95": ci,
+        # Right for the right reason: nothing false on the way.  (Older rows do not say.)
+        "right and sound": float(np.mean([row["right"] and not row.get("false") for row in flat])),
         "best@k": float(np.mean([any(row["right"] for row in rows) for rows in judged])),
         "majority@k": float(np.mean([majority(rows) for rows in judged])),
         # Of fewer samples than were drawn: what more tries would buy, 1, 2, 4, .. up to all.
@@ -323,6 +327,7 @@ def main_row(result, k):
     first = result["minus first row"] is None
     columns = NAMES | {
         "accuracy %": "{accuracy:.1%} ±{accuracy ci95:.1%}",
+        "right and sound %": "{right and sound:.1%}",
         **({"best@k %": "{best@k:.1%}", "majority@k %": "{majority@k:.1%}"} if k > 1 else {}),
         "minus row above": "-" if first else "{minus row above[0]:+.1%} ±{minus row above[1]:.1%}",
         "minus first row": "-" if first else "{minus first row[0]:+.1%} ±{minus first row[1]:.1%}",
@@ -349,6 +354,7 @@ def kinds_row(result):
             measured,
             {
                 f"{kind} acc %": "{accuracy:.1%} ±{accuracy ci95:.1%}",
+                f"{kind} sound %": "{right and sound:.1%}",  # right, and nothing false on the way
                 f"{kind} valid %": "{valid:.1%}",
                 f"{kind} tok/path": "{tokens/path:.2f}",
             },
@@ -417,6 +423,8 @@ ARGUMENTS = (
     ("--out",            str,          "out",     "folder for eval.json, eval.txt, responses.jsonl and trace.html"),
     ("--kind",           KIND_CHOICES, "all",     "problems to judge on"),
     ("--split",          SPLITS,       "heldout", "tune is for choosing settings, heldout for reporting"),
+    ("--depth",          int,          0,         "only problems of this depth, of any reach (stage0_model.RUNGS); 0: the split's own"),
+    ("--width",          int,          0,         "only problems of this width, likewise"),
     ("--n",              int,          1002,      "problems, all kinds together"),
     ("--k",              int,          1,         "samples per problem at --temperature"),
     ("--temperature",    float,        1.0,       "of the sampled columns; a greedy column stands beside them"),
@@ -447,7 +455,8 @@ def main():
         return run_benches(args, device)
 
     # ---- judge: every checkpoint in every mode it is made for, all on the same problems ----
-    problems = make_problems(args.kind, args.split, args.n, args.seed)
+    rung = {"depth": args.depth, "width": args.width}  # 0: any
+    problems = make_problems(args.kind, args.split, args.n, args.seed, **rung)
     pairs = [pair for spec in args.checkpoints for pair in modes_of(spec)]
     judgements = [judge_checkpoint(path, mode, problems, args, device) for path, mode in pairs]
     contestants, results, judged = zip(*judgements)
@@ -462,8 +471,10 @@ def main():
         for row in sum(each, [])  # the rows of all problems
     ]
     write(Path(args.out) / "responses.jsonl", "".join(responses))
+    asked = "".join(f" of {name} {size}" for name, size in rung.items() if size)
     head = (
-        f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, "
+        f"{len(problems)} {args.split} problems{asked}, "
+        f"{args.k} sample(s) at temperature {args.temperature}, "
         f"greedy on the first {min(args.greedy, args.n)}, device {device}"
     )
     tables = [

@@ -951,6 +951,122 @@ def corpus_document(rng, slip, valid_share, malformed_share):
     return problem.question, FORMAT_PROMPT, plain_solution(rounds, answer)
 
 
+# ---- right for the right reason ----
+
+
+def step_errors(problem, text):
+    """What a response to a made problem states and is false, as text; [] for a real problem.
+
+    Steps and takeaways are read, tagged or plain: equations, chains and totals modulo 100, products
+    and countdowns exactly; what a part is (a step that works another chain than the question's is
+    false, however true its equations); what names come to, M over all of a round's; verdicts.
+    What looks like an equation and cannot be read is false.  What is not worked out states nothing.
+
+    'A12+5=17*3=52;a51' of 'A:12+5*3 largest modulo 100?' -> ['17*3=52', 'a51']
+    """
+    if problem.kind not in KINDS:
+        return []
+    bare = re.sub(rf"{ANY_TAG.pattern}(?:\d+:)?", " ", text)
+    pieces = [piece for piece in re.split(r"[;.\s]+", bare) if piece]
+    return (countdown_errors if problem.kind == "countdown" else named_errors)(problem, pieces)
+
+
+def false_equations(piece, exact):
+    """Those equations of a piece of working that do not hold, as text.
+
+    Modulo 100 a line goes on from each result: 'A12+5=17*3=52' -> ['17*3=52'].  If exact, its sides
+    are all one number, term by term where they have as many:
+    'A47*83=47*80+47*3=3760+140=3900' -> ['47*3=140'].
+    """
+    false = []
+    sides = re.sub(r"[A-Za-z]|(?<!\d)0+(?=\d)", "", piece).split("=")  # no names, no leading zeros
+    for left, right in itertools.pairwise(sides):
+        pairs = [(left, right if exact else re.match(r"\d*", right)[0])]
+        if exact and left.count("+") == right.count("+"):
+            pairs = zip(left.split("+"), right.split("+"))
+        for pair in pairs:
+            a, b = (evaluate(side)[0] for side in pair)
+            if a is None or b is None or (a - b if exact else (a - b) % 100):
+                false.append("=".join(pair))
+    return false
+
+
+def named_errors(problem, pieces):
+    """`step_errors` of chains and sums, whose parts have names."""
+    asked = dict(re.findall(r"([A-Z]):(\S+)", problem.question))  # {'A': '12+5*3', ..}
+    rounds = list(problem.parts.get("rounds", []))  # whose M has not been read yet
+    exact = problem.kind == "sums"
+    known = {}  # {'a': 51, 'M': 66}
+    named = {}  # in the last piece with names, the takeaway when M is read
+    errors = []
+    for piece in pieces:
+        numbers = [int(digits) for digits in re.findall(r"\d{1,9}", piece)]
+        if piece[0] in asked and numbers and "=" in piece:
+            # a step, which copies its part from the question
+            part = asked[piece[0]].replace("M", f"{known.get('M', 0):02d}")
+            work = piece.split("=")[0] if exact else re.sub(r"=\d+", "", piece)
+            known[piece[0].lower()] = numbers[-1] % 100
+            errors += false_equations(piece, exact)
+            if work != piece[0] + part:
+                errors.append(work)
+        elif piece[0] == "M" and numbers and rounds:
+            # all of the round's ends must have been compared, or added up
+            labels, _, goal = rounds.pop(0)
+            ends = named.values() if set(named) == set("".join(labels).lower()) else [-1]
+            best = {"largest": max, "smallest": min, "total": sum}[goal](ends) % 100
+            known["M"] = numbers[0]
+            if numbers != [best]:
+                errors.append(piece)
+        else:
+            # the end of a step, or a takeaway; a wrong end is counted once, and carried on
+            ends = {name: int(end) for name, end in re.findall(r"([a-z])(\d{1,9})", piece)}
+            errors += [f"{name}{end:02d}" for name, end in ends.items() if known.get(name) != end]
+            errors += false_equations(piece, exact=False)
+            named = ends or named
+            known |= ends
+    return errors
+
+
+def countdown_errors(problem, pieces):
+    """`step_errors` of a countdown, whose endings go on from the step's first move."""
+    ending = r"([-+])(\d{1,9})=(-?\d{1,9})(?:/(\d{1,9})([yn]))?"
+    target = problem.parts["target"]
+    errors = []
+    value = middle = 0
+    moved = []  # the numbers of the first move, and the next one
+    hit = False
+    for piece in pieces:
+        move = re.fullmatch(r"(\d{1,9})[-+*](\d{1,9})=(\d{1,9})", piece)
+        if move:
+            *moved, value = map(int, move.groups())
+            hit = False
+            errors += false_equations(piece, exact=True)
+        elif re.fullmatch(f"(?:{ending})+", piece):
+            # '+7=51+9=60/42n-9=42/42y': from the first move to 51, and from there twice
+            for op, operand, result, goal, verdict in re.findall(ending, piece):
+                start = middle if verdict else value
+                true = apply_op(start, op, int(operand)) == int(result)
+                if verdict:
+                    # the verdict on this target, reached with the numbers given
+                    hit = hit or verdict == "y"
+                    true = true and int(goal) == target and (verdict == "y") == (int(result) == target)
+                    true = true and sorted([*moved[:3], int(operand)]) == sorted(problem.parts["numbers"])
+                else:
+                    middle = int(result)
+                    moved = [*moved[:2], int(operand)]
+                if not true:
+                    judged = f"/{goal}{verdict}" if verdict else ""
+                    errors.append(f"{start}{op}{operand}={result}{judged}")
+        elif re.fullmatch(r"y?\(.*", piece):
+            # what a step or a takeaway says leads to the target
+            if evaluate(piece.removeprefix("y"))[0] != target:
+                errors.append(piece)
+        elif piece == "n" and hit or "=" in piece:
+            # nothing found after all, or nothing that can be read
+            errors.append(piece)
+    return errors
+
+
 # ==================================================================================================
 # 5. Pretraining the tiny base
 # ==================================================================================================

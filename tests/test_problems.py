@@ -107,6 +107,32 @@ def test_hard_problems_are_beyond_and_all_others_at_the_edge_unless_a_reach_is_g
     assert stage0.draw_problems(None, "all", 9, 0, "corpus") == make_problems("all", "train", 9, 0, "corpus")
 
 
+def test_every_rung_of_any_reach_can_be_asked_for_exactly():
+    for kind in KINDS:
+        depths, widths = (sorted(set().union(*each)) for each in zip(*stage0.RUNGS[kind].values()))
+        for depth, width in itertools.product(depths, widths):
+            for split in ("heldout", "hard"):
+                problems = make_problems(kind, split, 3, 0, depth=depth, width=width)
+                assert {rung(p) for p in problems} == {(depth, width)}
+                assert split == "hard" or all(stage0.split_of(p.question) == split for p in problems)
+    # one of the two alone: the other is drawn as ever
+    assert {rung(p)[0] for p in make_problems("sums", "tune", 40, 0, depth=3)} == {3}
+    assert len({rung(p)[1] for p in make_problems("sums", "tune", 40, 0, depth=3)}) > 3
+
+
+@pytest.mark.parametrize(
+    "kind, size, message",
+    [
+        ("all", {"depth": 2}, "--depth 2: countdown has 4; give one of these, or another --kind"),
+        ("chains", {"depth": 4, "width": -1}, "--width -1: chains has 1, 2, 3, 4, 5, 6, 7, 8"),
+        ("sums", {"depth": 1, "width": 1}, "sums/heldout has no 400 distinct problems"),
+    ],
+)
+def test_a_rung_that_is_not_there_or_too_small_is_refused_by_name(kind, size, message):
+    with pytest.raises(stage0.UserError, match=message):
+        make_problems(kind, "heldout", 400, 0, **size)
+
+
 def test_a_countdown_tries_distinct_first_moves_and_stops_at_the_block_that_hits():
     rng = random.Random(0)
     for p in make_problems("countdown", "train", 200, 0):
@@ -221,3 +247,106 @@ def test_tokenizer_round_trips_any_text_and_splits_digits(plain_tokenizer):
     prompt = plain_tokenizer.decode(stage0.prompt_ids(plain_tokenizer, "12*2 total?", "Be brief."))
     system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\n12*2 total?<|im_end|>\n"
     assert prompt == f"{system}{user}<|im_start|>assistant\n"
+
+
+CHAINS = stage0.Problem(
+    "chains",
+    "A:12+5*3 B:40-7*2 largest M; C:M+2*2 total modulo 100?",
+    "36",
+    {
+        "rounds": [
+            (["A", "B"], [(12, [("+", 5), ("*", 3)]), (40, [("-", 7), ("*", 2)])], "largest"),
+            (["C"], [("M", [("+", 2), ("*", 2)])], "total"),
+        ]
+    },
+)
+FIRST, SECOND = "A12+5=17*3=51;a51 B40-7=33*2=66;b66 a51b66;M66", "C66+2=68*2=36;c36 c36;M36"
+SUMS = stage0.Problem("sums", "A:47*83 -B:12*4 total modulo 100?", "53", {})
+LINE = "A47*83=47*80+47*3=3760+141=3901;a01 B12*4=48;b48 a01-b48=53"
+COUNTDOWN = stage0.Problem("countdown", "2 7 9 22 make 42?", "", {"numbers": [2, 7, 9, 22], "target": 42})
+HIT = "22*2=44;+7=51+9=60/42n-9=42/42y;y(22*2)+7-9 (22*2)+7-9"
+MISS = "9-7=2;+2=4+22=26/42n;-2=0+22=22/42n;n none"
+
+
+@pytest.mark.parametrize(
+    "problem, text, change, false",
+    [
+        (CHAINS, f"{FIRST} {SECOND}", {}, []),
+        (CHAINS, f"{FIRST} {SECOND}", {"*3=51": "*3=52"}, ["17*3=52", "a51"]),  # the end belies the line
+        (CHAINS, f"{FIRST} {SECOND}", {"*2=36": "*2=136"}, []),  # modulo 100
+        (CHAINS, FIRST, {"A12+5=17*3=51": "A12+5=17*2=34", "a51": "a34"}, ["A12+5*2"]),  # true, not asked
+        (
+            CHAINS,
+            f"{FIRST} {SECOND}",
+            {"C66": "C51", "=68*2=36": "=53*2=06", "c36": "c06", "M36": "M06"},
+            ["C51+2*2"],
+        ),
+        (CHAINS, FIRST, {"M66": "M51"}, ["M51"]),  # the smallest
+        (CHAINS, FIRST, {"a51b66": "b66"}, ["M66"]),  # of B alone: A was never compared
+        (CHAINS, FIRST, {"a51b66": "a51b65"}, ["b65", "M66"]),
+        (CHAINS, FIRST, {"=17*3": "=17*3*"}, ["17*3*=51", "A12+5*3*"]),
+        (CHAINS, FIRST, {"12+5=17": "12+5==17"}, ["12+5=", "=17", "A12+5=*3"]),
+        (SUMS, LINE, {}, []),
+        (SUMS, LINE, {"=47*80+47*3=3760+141": ""}, []),  # in the head
+        (SUMS, LINE, {"3760+141": "3750+151"}, ["47*80=3750", "47*3=151"]),  # two mistakes, the sum is right
+        (SUMS, LINE, {"=3901;a01": "=4001;a01"}, ["3760+141=4001"]),  # products are exact
+        (SUMS, LINE, {"=53": "=63"}, ["1-48=63"]),
+        (SUMS, LINE, {"B12*4=48": "B12*3=36", "b48": "b36", "=53": "=65"}, ["B12*3"]),
+        (COUNTDOWN, f"{MISS} {HIT}", {}, []),
+        (COUNTDOWN, HIT, {"=44": "=45"}, ["22*2=45", "45+7=51"]),
+        (COUNTDOWN, HIT, {"+9=60": "+9=61"}, ["51+9=61/42n"]),
+        (COUNTDOWN, HIT, {"60/42n": "60/42y"}, ["51+9=60/42y"]),  # a verdict
+        (COUNTDOWN, HIT, {"60/42n": "60/41n"}, ["51+9=60/41n"]),  # on another target
+        (COUNTDOWN, HIT, {"y;y(22*2)+7-9 (22*2)+7-9": "y;n none"}, ["n"]),
+        (COUNTDOWN, HIT, {" (22*2)+7-9": " (22*2)+7+9"}, ["(22*2)+7+9"]),
+        (COUNTDOWN, MISS, {"+22=26": "+21=25"}, ["4+21=25/42n"]),  # 21 is not given
+        (COUNTDOWN, MISS, {"4+22=26/42n": "4+22=26/42"}, ["+2=4+22=26/42"]),
+        (stage0.Problem("math", "q", "9"), "1+1=3 \\boxed{9}", {}, []),
+        (SUMS, "\\boxed{53}", {}, []),  # what is not worked out states nothing
+        (CHAINS, "A" + "9" * 5000 + "=1", {}, None),
+        (COUNTDOWN, "9" * 5000 + "=1", {}, None),
+    ],
+)
+def test_every_false_statement_of_a_response_is_found_and_no_other(problem, text, change, false):
+    for old, new in change.items():
+        assert old in text
+        text = text.replace(old, new)
+    found = stage0.step_errors(problem, text)
+    assert found if false is None else found == false
+    steps = "".join(f"<step>{i}:{part}</step>" for i, part in enumerate(text.split(" "), 1))
+    assert stage0.step_errors(problem, f"<takeaway></takeaway>{steps}") == found  # tagged alike
+
+
+@pytest.mark.parametrize("slip", [0.0, 0.3])
+def test_the_corpus_documents_with_false_statements_are_those_whose_slips_show(monkeypatch, slip):
+    """A slip shows when it changes a result that is written; only products in the head are not, and of
+    them the whole is."""
+    drawn = []
+    slips = []
+    slipped, draw_problem = stage0.slipped, stage0.draw_problem
+
+    def drawing(*args):
+        drawn.append(draw_problem(*args))
+        slips.clear()
+        return drawn[-1]
+
+    def slipping(value, *args):
+        given = slipped(value, *args)
+        slips.append(given != value)
+        return given
+
+    monkeypatch.setattr(stage0, "draw_problem", drawing)
+    monkeypatch.setattr(stage0, "slipped", slipping)
+    rng = random.Random(0)
+    flagged = 0
+    for _ in range(600):
+        _, _, text = stage0.corpus_document(rng, slip, 0.45, 0.15)
+        visible = any(slips)
+        if drawn[-1].kind == "sums" and not re.search(r"=\d+\*", text):  # in the head
+            totals = len(drawn[-1].parts["terms"]) - 1
+            products = re.findall(r"(\d+)\*(\d+)=(\d+)", text)
+            wrong = [int(a) * int(b) != int(c) for a, b, c in products]
+            visible = any(wrong + slips[len(slips) - totals :])
+        assert bool(stage0.step_errors(drawn[-1], text)) == visible, text
+        flagged += visible
+    assert flagged > 500 if slip else flagged == 0
