@@ -106,7 +106,7 @@ twins: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage2_seq $(OUT)/stage2 $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins $(EVAL)
 	$(RUN) eval.py $(OUT)/stage2 --temperature 0.7 --greedy 3 --timed 0 --out $(OUT)/twins/cool $(EVAL)
 	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins/chains --kind chains --n 300 --greedy 300 --timed 60 $(EVAL)
-	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins/hard --split hard --n 900 --greedy 300 --max-new-tokens 1280 $(EVAL)
+	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins/hard --split hard --n 900 --greedy 300 --max-new-tokens 1792 $(EVAL)
 
 ABLATIONS := papo group-std schema-filter clip-updates count-forced
 ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))

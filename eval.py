@@ -5,7 +5,7 @@ Out: a table, and in --out: eval.json, eval.txt, responses.jsonl, trace.html (fo
 
     python eval.py out/stage0 out/stage1 out/stage2 out/stage3
     python eval.py out/stage3 out/stage3_seq --split hard --n 100 --out out/hard
-    python eval.py out/stage3 --kind chains --depth 4 --width 5 --out out/rung    # one rung exactly
+    python eval.py out/stage3 --kind chains --depth 4 --width 5 --max-new-tokens 1792    # one rung
     python eval.py out/npr --bench aime25 math500 --k 8 --out out/real    # real problems, resumable
 
 Each checkpoint is decoded in the mode it was made for: a base is asked plainly, and asked for the
