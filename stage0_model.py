@@ -901,7 +901,7 @@ def corpus_batches(tokenizer, args, step):
 
 
 def flag_type(read, fits, allowed):
-    """A type of `read_arguments`: what read(text) gives if it fits; allowed: what does, in words."""
+    """A type of `read_arguments`: read(text), if that fits; allowed: what does, in words."""
 
     def value_of(text):
         with contextlib.suppress(ValueError):
@@ -1589,7 +1589,7 @@ class Run:
         from_all_ranks([])  # nobody goes on before the folder is in order
 
     def present(self):
-        """RUN_FILES that are here.  A data/ without an account of its sampling is the user's own."""
+        """RUN_FILES that are here.  A data/ without account of its sampling is the user's."""
         sampled = (self.path / "rejection.json").is_file()
         return [n for n in RUN_FILES if os.path.lexists(self.path / n) and (n != "data" or sampled)]
 
