@@ -631,8 +631,8 @@ class Engine:
         number among the samples of that prompt, and on nothing else in the call.  copies: of every
         prompt, how many equal ones have been sampled elsewhere (in a call before, on another rank),
         so that its samples differ from theirs; default: counted in this call.  Raises UserError
-        when a number is out of range, when a request cannot fit the KV budget, or when the tokenizer
-        lacks the tags in parallel mode.
+        when a number is out of range, when a request cannot fit the KV budget, or when the
+        tokenizer lacks the tags in parallel mode.
         """
         began = time.time()
         for name, kind, value in (

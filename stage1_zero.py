@@ -362,7 +362,8 @@ def parse_args(argv=None):
     args = read_arguments(__doc__, ARGUMENTS, argv)
     if args.overlong_buffer > args.max_new_tokens:
         raise UserError(
-            f"--overlong-buffer {args.overlong_buffer}: expected at most --max-new-tokens, {args.max_new_tokens}"
+            f"--overlong-buffer {args.overlong_buffer}: expected at most --max-new-tokens, "
+            f"{args.max_new_tokens}"
         )
     return args
 

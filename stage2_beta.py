@@ -134,6 +134,7 @@ def read_inputs(args):
         columns = (args.question_column, args.answer_column)
         return None, read_problems(args.data, *columns) if args.data else None, format_prompt
 
+    # every row is looked at now, not when training has come to it
     for number, row in enumerate(rows):
         texts = [row.get(column) for column in ("problem", "response")] if isinstance(row, dict) else []
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -177,10 +178,12 @@ def sampled_rows(args, run, model, tokenizer, data, format_prompt):
             args.seed,
             args.keep_wrong,
         )
+        # a file of a few hundred lines is written anew each time
         parts.append({"records": records, "reasons": reasons})
         if run.writes:
             write_text(kept, "".join(json.dumps(part) + "\n" for part in parts))
 
+    # all parts together
     records = [record for part in parts for record in part["records"]]
     reasons = sum((Counter(part["reasons"]) for part in parts), Counter())
     if not records:

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from conftest import random_model
 
 import eval as judge
 import stage0_model as stage0
@@ -163,3 +164,63 @@ def test_an_evaluation_that_fails_leaves_the_finished_one_alone(tmp_path, monkey
     with pytest.raises(stage0.UserError, match="no such checkpoint folder"):
         judge.main()
     assert (tmp_path / "responses.jsonl").read_text() == '{"checkpoint"'
+
+
+SMALL = "--kind sums --n 12 --greedy 6 --max-new-tokens 24 --timed 1 --device cpu"
+
+
+def evaluate(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags), *SMALL.split()])
+    judge.main()
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_responses(tmp_path, monkeypatch, plain_tokenizer):
+    base = tmp_path / "base"
+    stage0.save(random_model(len(plain_tokenizer)), plain_tokenizer, base)
+    evaluate(monkeypatch, f"{base}=format", "--out", tmp_path / "whole")
+    asked = []
+    decode = judge.decode
+
+    def counted(engine, problems, *args, **kwargs):
+        asked.append(len(problems))
+        return decode(engine, problems, *args, **kwargs)
+
+    # killed within a line of the greedy rows, with a damaged line among the sampled ones
+    out = tmp_path / "out"
+    evaluate(monkeypatch, f"{base}=format", "--out", out)
+    (out / "eval.json").unlink()
+    [sampled] = (out / "heldout").iterdir()
+    [greedy] = (out / "heldout-greedy").iterdir()
+    lines = sampled.read_bytes().splitlines(keepends=True)
+    sampled.write_bytes(b"".join(lines[:6]) + b"\0\0\n" + b"".join(lines[7:]))
+    greedy.write_bytes(greedy.read_bytes()[:-9])
+    monkeypatch.setattr(judge, "decode", counted)
+    evaluate(monkeypatch, f"{base}=format", "--out", out)
+    assert asked[:2] == [7, 1]  # of 12 sampled, of 6 greedy
+
+    def rows(folder):
+        return [
+            {
+                key: value
+                for key, value in json.loads(line).items()
+                if key not in ("seconds", "logprob_gap", "checkpoint")
+            }
+            for line in (folder / "responses.jsonl").read_text().splitlines()
+        ]
+
+    assert rows(out) == rows(tmp_path / "whole") and len(rows(out)) == 12
+
+    # other settings, other weights: judged anew, and the old rows stay beside the new ones
+    evaluate(monkeypatch, f"{base}=format", "--out", out, "--temperature", "0.5")
+    stage0.save(random_model(len(plain_tokenizer), seed=1), plain_tokenizer, base)
+    evaluate(monkeypatch, f"{base}=format", "--out", out, "--temperature", "0.5")
+    assert len(list((out / "heldout").iterdir())) == 3
+
+
+def test_checkpoints_of_similar_names_keep_files_of_their_own(tmp_path, monkeypatch, plain_tokenizer):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("a/b", "a_b")):
+        stage0.save(random_model(len(plain_tokenizer), seed=number), plain_tokenizer, tmp_path / name)
+    evaluate(monkeypatch, "a/b=format", "a_b=format", "a/b/=plain", "--out", "out")
+    assert len(list((tmp_path / "out" / "heldout").iterdir())) == 3
+    assert not list((tmp_path / "out").rglob("*.old-*"))

@@ -85,6 +85,15 @@ def test_smoke_rollouts_of_stage_3_fork_for_real(smoke):
 
 
 @pytest.mark.slow
+def test_papo_learns_something_in_the_smoke_run(smoke):
+    out, _, _ = smoke
+    rows = [json.loads(line) for line in (out / "stage3" / "log.jsonl").read_text().splitlines()]
+    assert any(row["grad_norm"] > 0 and row["reward"] > -1 for row in rows)
+    before, after = (load_file(out / stage / "model.safetensors") for stage in ("stage2", "stage3"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
 def test_the_table_compares_rows_on_the_same_problems(smoke):
     out, _, _ = smoke
     judged, right = json.loads((out / "eval.json").read_text())["checkpoints"], {}
@@ -193,10 +202,6 @@ def test_the_sequential_twin_and_every_ablation_of_papo_runs(tmp_path, monkeypat
         assert all(row["critical_path"] == row["length"] for row in rows)
     if "--no-schema-filter" in flags:
         assert all(row["used"] == row["sampled"] == 6 for row in rows)
-
-
-def stage0_run(folder, *flags):
-    return stage0.Run(stage0.parse_args(["--out", str(folder), *map(str, flags)]))
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys):
