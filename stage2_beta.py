@@ -246,11 +246,22 @@ def encode_response(tokenizer, text, sequential):
     tag_ids = tag_token_ids(tokenizer)
     ids = []
     forced = []
+    number_at = {}  # index of a `<step>`: the number that follows
     for piece in re.split(r"(<step>\d+:|<takeaway>)", text):
         piece_ids = tokenizer.encode(piece, add_special_tokens=False)
+        opening = re.fullmatch(r"<step>(\d+):|<takeaway>", piece)
+        if opening and opening[1]:
+            number_at[len(ids)] = int(opening[1])
         ids += piece_ids
-        forced += [piece.startswith(("<step>", "<takeaway>"))] * len(piece_ids)
-    return [*ids, tokenizer.eos_token_id], layout([*ids, tokenizer.eos_token_id], tag_ids), [*forced, False]
+        forced += [bool(opening)] * len(piece_ids)
+    ids.append(tokenizer.eos_token_id)
+    response_layout = layout(ids, tag_ids)
+
+    # the engine numbers steps itself, so no other number can be learned
+    for i, number in number_at.items():
+        if number != response_layout.branch[i]:
+            raise MalformedTrajectory(i, f"step {response_layout.branch[i]} has the number {number}")
+    return ids, response_layout, [*forced, False]
 
 
 # ==================================================================================================

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import engine as engine_module
 import eval as judge
 import stage0_model as stage0
-from engine import TAGS
+from engine import TAGS, MalformedTrajectory
 from stage0_model import UserError, prompt_ids
 from stage2_beta import encode_response
 
@@ -275,3 +275,11 @@ def test_a_response_is_learned_in_the_very_tokens_that_the_engine_forces_and_sam
     assert rollout.ids == ids and rollout.forced == forced and rollout.finish_reason == "stop"
     assert tagged.decode([i for i, f in zip(ids, forced) if f]) == "<step>1:<step>2:<takeaway>"
     assert tagged.decode(ids[:-1]) == text
+
+
+def test_a_step_with_a_number_that_the_engine_would_not_write_is_refused(tok):
+    tagged = copy.deepcopy(tok)
+    tagged.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    text = "<guideline><plan>1:a</plan></guideline><step>2:b</step><takeaway>c</takeaway>\\boxed{7}"
+    with pytest.raises(MalformedTrajectory, match="step 1 has the number 2"):
+        encode_response(tagged, text, sequential=False)
