@@ -312,7 +312,7 @@ def test_numbers_out_of_range_are_refused_by_name(model, tokenizer, name, value)
 def test_fuzz_random_weights_budgets_and_limits_hold_every_invariant(happy, tokenizer, tag_ids, request):
     """3,000 requests; pytest --fuzz 10000 for more."""
     rng, left = random.Random(0), request.config.getoption("fuzz")
-    reasons, widths, preemptions, said_step = set(), set(), 0, 0
+    reasons, widths, preemptions = set(), set(), 0
     while left > 0:
         prompts, limit, n = (
             random_prompts(rng, rng.randint(1, 300)),
@@ -346,14 +346,9 @@ def test_fuzz_random_weights_budgets_and_limits_hold_every_invariant(happy, toke
                 np.array([again.block, again.branch, again.position])
                 == [r.layout.block, r.layout.branch, r.layout.position]
             ).all()
-            # a step that itself says <step>, the one tag that could also begin the next branch
-            said_step += any(
-                i == tag_ids["<step>"] and g > 0 and not f for i, g, f in zip(r.ids, r.layout.block, r.forced)
-            )
             reasons.add(r.finish_reason)
             widths.add(r.max_branches)
     assert reasons == {"stop", "length", "malformed"} and widths >= {0, 1, 2} and preemptions > 0
-    assert said_step > 0
 
 
 @pytest.mark.slow
@@ -443,6 +438,26 @@ def test_a_tag_or_end_of_turn_inside_a_step_is_malformed(model, tokenizer, insid
     }
     [[r]] = eng.generate([[50, 51]], max_new_tokens=60)
     assert r.finish_reason == "malformed" and r.num_forks == 1 and "inside step 1" in r.error
+
+
+@pytest.mark.parametrize("branch", [1, 2, 3])
+@pytest.mark.parametrize("words", [0, 1, 4])
+def test_a_step_that_says_step_is_no_branch_of_its_own(model, tokenizer, tag_ids, branch, words):
+    """The one tag inside a step that could also begin the next branch (10 of 57,241 fuzzed responses)."""
+    guideline = "<guideline>" + "".join(f"<plan>{i}:a</plan>" for i in (1, 2, 3)) + "</guideline>"
+    script = {(0, 0): tokenizer.encode(guideline)}
+    script |= {(1, b): [60] * 9 for b in (1, 2, 3)}
+    script[1, branch] = [60] * words + [tag_ids["<step>"]]
+
+    class Scripted(ScriptedEngine):
+        def script_of(self, request):
+            return script
+
+    [[r]] = Scripted(model, tokenizer).generate([[50, 51]], max_new_tokens=200)
+    assert r.finish_reason == "malformed" and r.error == f"<step> inside step {branch}"
+    again = layout(r.ids, tag_ids)
+    for name in ("block", "branch", "position"):
+        assert (getattr(again, name) == getattr(r.layout, name)).all(), name
 
 
 def test_sequential_mode_samples_tags_as_plain_tokens(model, tokenizer):
