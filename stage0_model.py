@@ -514,18 +514,27 @@ def last_boxed(text):
 
     As TeX has it: `\boxed {5}`, `\boxed 5`, `\fbox{5}`, and braces that are escaped do not count.
     """
+    # Every brace's partner first, in one pass: looking for it box by box takes quadratic time.
+    partner = {}
+    opened = []
+    for mark in re.finditer(r"\\.|[{}]", text, re.S):
+        if mark[0] == "{":
+            opened.append(mark.start())
+        elif mark[0] == "}" and opened:
+            partner[opened.pop()] = mark.start()
+
+    # the last box that is closed, or that holds one bare word
     for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text))):
-        if not text.startswith("{", box.end()):
-            bare = re.match(r"[^\s$]+?(?=[.,;:]?(?:[\s$]|$))", text[box.end() :])
-            if bare:
-                return bare[0]
-            continue
-        depth = 0
-        for mark in re.finditer(r"\\.|[{}]", text[box.end() :], re.S):
-            depth += {"{": 1, "}": -1}.get(mark[0], 0)
-            if depth == 0 and mark[0] == "}":
-                return text[box.end() + 1 : box.end() + mark.start()]
+        start = box.end()
+        if start in partner:
+            return text[start + 1 : partner[start]]
+        bare = None if text.startswith("{", start) else BARE_WORD.match(text, start)
+        if bare:
+            return bare[0]
     return None
+
+
+BARE_WORD = re.compile(r"[^\s$]+?(?=[.,;:]?(?:[\s$]|$))")
 
 
 # ---- arithmetic ----
