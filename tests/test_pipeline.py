@@ -157,8 +157,9 @@ def test_a_killed_run_resumes_and_ends_with_the_weights_of_an_uninterrupted_one(
         log(self, **row)
 
     monkeypatch.setattr(stage0.Run, "log", killed_at_step_4)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         train("killed")
+    assert stopped.value.code == 130
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     monkeypatch.setattr(stage0.Run, "log", log)
     train("killed")
