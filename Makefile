@@ -84,6 +84,7 @@ smoke:
 	  EVAL="--kind sums --n 12 --max-new-tokens 320 --timed 1"
 
 smoke-real: $(VENV)
+	rm -rf $(REAL)
 	$(PY) tests/real_checkpoint.py $(REAL)
 	$(PY) stage1_zero.py --init $(REAL)/base --out $(REAL)/stage1 --data $(REAL)/train.json \
 	  --steps 2 --prompts 2 --group-size 4 --updates 1 --max-rounds 1 --max-new-tokens 64 --overlong-buffer 60 --recompute --micro-tokens 2048
@@ -101,6 +102,7 @@ $(WEIGHTS)/$(DONE): | $(VENV)
 	$(PY) tests/real_weights.py $(WEIGHTS)
 
 smoke-weights: $(WEIGHTS)/$(DONE)
+	rm -rf $(REAL)/smol*
 	$(PY) tests/real_checkpoint.py $(REAL)
 	$(PY) stage1_zero.py --init $(WEIGHTS) --out $(REAL)/smol1 --data $(REAL)/train.json --prompt-file $(REAL)/prompt.txt \
 	  --steps 1 --prompts 2 --group-size 2 --updates 1 --max-rounds 1 --max-new-tokens 48 --overlong-buffer 40 --recompute --micro-tokens 1024 --lr 1e-6

@@ -689,7 +689,8 @@ class Engine:
         self.runner.cut(num_rows, longest)
 
         # Step until nobody waits and nobody runs; whatever happens, every slot is free again.
-        bar = tqdm(total=len(requests), desc="rollout", unit="seq", leave=False, disable=not progress)
+        quiet = {} if progress else {"disable": True}  # a rank that is silent stays so
+        bar = tqdm(total=len(requests), desc="rollout", unit="seq", leave=False, **quiet)
         try:
             self.waiting = deque(requests)
             while self.waiting or self.active:

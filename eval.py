@@ -300,8 +300,10 @@ def judged_rows(engine, path, mode, name, problems, args, k=1, temperature=0.0):
             names = (file.with_suffix(f".old-{n}") for n in itertools.count(1))
             file.rename(next(name for name in names if not name.exists()))
         rows = []
-    kept = [i for i, row in enumerate(rows) if row.get("number") == i // k]
-    done = next((i for i, number in enumerate([*kept, -1]) if i != number), 0) // k
+    done = 0  # rows, then problems, that are whole and in order
+    while done < len(rows) and rows[done].get("number") == done // k:
+        done += 1
+    done //= k
     rows = rows[: done * k]
     from_all_ranks([])  # every rank has read the file before it is put in order
     write(file, "".join(json.dumps(line) + "\n" for line in [settings, *rows]))
@@ -315,7 +317,7 @@ def judged_rows(engine, path, mode, name, problems, args, k=1, temperature=0.0):
         chosen = problems[first : first + size]
         rollouts = decode(engine, chosen, mode, args, k, temperature)
         more = {"seconds": round((time.time() - began) / len(chosen) / k, 6), "logprob_gap": 0.0}
-        if first == 0:
+        if first == 0 and not args.bench:
             more["logprob_gap"] = agreement(engine, chosen, mode, args, rollouts)
         for i, fresh in enumerate(judge_all(chosen, rollouts, engine.tokenizer), first):
             rows += [{"number": i, **row, **more} for row in fresh]
@@ -324,6 +326,11 @@ def judged_rows(engine, path, mode, name, problems, args, k=1, temperature=0.0):
             with open(file, "a", encoding="utf-8") as responses:
                 responses.writelines(json.dumps(row) + "\n" for row in rows[first * k :])
     return [rows[i : i + k] for i in range(0, len(rows), k)]
+
+
+def same_in_every_run(row):
+    """A row without what differs from run to run: equal evaluations write equal responses.jsonl."""
+    return {key: row[key] for key in row if key not in ("number", "seconds", "logprob_gap")}
 
 
 def judge_checkpoint(path, mode, problems, args, device):
@@ -351,8 +358,8 @@ def judge_checkpoint(path, mode, problems, args, device):
         "logprob gap": max(row["logprob_gap"] for row in flat),
     }
 
-    # Two problems of each kind are enough to look at.
-    # They are decoded once more, because the page replays rollouts, and the files keep only texts.
+    # The first six problems (two of each kind) are decoded greedily once more: the page replays
+    # rollouts, and the files keep only texts.
     traces = []
     shown = problems[: 2 * len(KINDS)]
     for problem, [rollout] in zip(shown, decode(engine, shown, mode, args, temperature=0.0, progress=False)):
@@ -476,7 +483,7 @@ REPORTS = {
     "eval.json": '{\n  "args"',
     "bench.json": '{\n  "args"',
     "responses.jsonl": '{"checkpoint"',
-    "trace.html": "<!doctype html>\n<!-- The page of traces.",
+    "trace.html": "<!doctype html>",
 }
 
 # The paper's eight: file in --bench-dir, else hub name.  ZebraLogic's public version has its
@@ -546,7 +553,7 @@ def main():
 
     # ---- report: eval.json comes last, because make takes it for the sign that all is there ----
     responses = [
-        json.dumps({"checkpoint": path, "mode": mode, **row}) + "\n"
+        json.dumps({"checkpoint": path, "mode": mode, **same_in_every_run(row)}) + "\n"
         for (path, mode), each in zip(pairs, judged)
         for row in sum(each, [])  # the rows of all problems
     ]

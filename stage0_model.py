@@ -997,7 +997,7 @@ nonempty = flag_type(str, lambda x: x.strip() and "\0" not in x, "some text")
 device_name = flag_type(str, re.compile(r"auto|cpu|cuda(:\d{1,2})?").fullmatch, "auto, cpu, cuda, cuda:1 ..")
 
 # The last row of every stage's table.
-OVERWRITE = ("--overwrite", bool, False, "move another run in --out to <out>.old-1, .., and begin anew")
+OVERWRITE = ("--overwrite", bool, False, "move a finished or another run in --out aside, to <out>.old-1")
 
 
 # fmt: off
@@ -1878,11 +1878,15 @@ class Run:
         changed = [
             f"--{key.replace('_', '-')} {there.get(key)}, now {value}"
             for key, value in settings.items()
-            if key not in free and there.get(key) != value
+            if key not in free and there.get(key, value) != value
         ]
+
+        # what was read, by its content; an account that an older run did not keep is no difference
         read = read_object(self.path / "inputs.json")
         changed += [
-            f"other content of --{key}" for key in inputs if read.get(key, inputs[key]) != inputs[key]
+            f"other content of --{key.replace('_', '-')}"
+            for key in inputs
+            if read.get(key, inputs[key]) != inputs[key]
         ]
 
         # settings without anything made from them are no loss; files without settings are not ours
@@ -1919,6 +1923,8 @@ class Run:
             signal.signal(number, self.ask_to_stop)
         log = self.path / "log.jsonl"
         episodes = self.path / "episodes.txt"
+        if self.writes:
+            self.stopped.unlink(missing_ok=True)
         if not self.state_file.is_file():
             if self.writes:
                 log.unlink(missing_ok=True)
@@ -1944,7 +1950,6 @@ class Run:
             write_text(log, "".join(kept))
             if episodes.is_file() and episodes.stat().st_size > state.get("episodes", math.inf):
                 os.truncate(episodes, state["episodes"])
-            self.stopped.unlink(missing_ok=True)
         print(f"resuming {self.path} after step {step}")
         return step
 
@@ -2169,8 +2174,6 @@ def pick_device(name):
             raise UserError(f"--device {name}: no CUDA device is visible; use --device cpu")
         name = "cpu"
     device = torch.device("cuda:0" if name in ("auto", "cuda") else name)
-    if (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise UserError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible")
 
     # under torchrun: a GPU for each rank, or a share of the cores
     others = ""

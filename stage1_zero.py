@@ -416,7 +416,7 @@ def main():
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
     format_prompt = read_prompt(args.prompt_file, args.data)
-    run = Run(args, data=data, prompt=format_prompt)
+    run = Run(args, data=data, prompt_file=format_prompt)
 
     # One set of weights samples and learns: the engine decodes with the very model that is trained.
     engine = Engine(model, tokenizer)

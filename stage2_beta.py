@@ -332,7 +332,7 @@ def main():
     print_inherited(args.init)
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     rows, data, format_prompt = read_inputs(args)
-    run = Run(args, data=rows or data, prompt=format_prompt)
+    run = Run(args, data=rows or data, prompt_file=format_prompt)
 
     # ---- data: the model's own samples, so that only the layout is new to it ----
     rows = rows or sampled_rows(args, run, model, tokenizer, data, format_prompt)

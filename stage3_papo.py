@@ -224,7 +224,7 @@ def main():
     format_prompt = read_prompt(args.prompt_file, args.data)
     if not args.sequential:
         tag_token_ids(tokenizer)  # raises UserError where they are text
-    run = Run(args, data=data, prompt=format_prompt)
+    run = Run(args, data=data, prompt_file=format_prompt)
 
     # One set of weights samples and learns: the engine decodes with the very model that is trained.
     engine = Engine(model, tokenizer)

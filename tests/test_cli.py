@@ -375,7 +375,7 @@ def test_a_base_trained_anew_behind_the_same_path_is_noticed(monkeypatch, capsys
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("Think.")
     lines = command(monkeypatch, capsys, {}, f"{words} --prompt-file {prompt}")[2]
-    assert "other content of --prompt; other content of --init" in lines[-1]
+    assert "other content of --prompt-file; other content of --init" in lines[-1]
 
 
 def test_two_processes_cannot_write_to_one_folder_and_a_killed_one_leaves_no_lock(tmp_path):

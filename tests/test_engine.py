@@ -255,7 +255,6 @@ def test_all_slots_are_free_at_the_end_even_after_an_exception(model, tokenizer,
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["schedule", "run", "sample", "vacate", "tqdm"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_exception_anywhere_in_generate_leaves_an_engine_that_works(
@@ -309,6 +308,7 @@ def test_numbers_out_of_range_are_refused_by_name(model, tokenizer, name, value)
         eng.generate([[5, 6]], **{"max_new_tokens": 4, name: value})
 
 
+@pytest.mark.slow
 def test_fuzz_random_weights_budgets_and_limits_hold_every_invariant(happy, tokenizer, tag_ids, request):
     """3,000 requests; pytest --fuzz 10000 for more."""
     rng, left = random.Random(0), request.config.getoption("fuzz")
