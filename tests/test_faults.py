@@ -6,6 +6,7 @@ after which nothing of Python's is run.
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -332,8 +333,14 @@ def test_an_interrupted_make_keeps_the_target_that_it_was_building(tmp_path):
                 (tmp_path / "out" / done / "model.safetensors").write_text("there")
         file = f"out/{target}/model.safetensors"
         words = ["make", "PY=./stage", "VENV=", "-o", "out/stage2/model.safetensors", file]
+        # what a shell starts in the background ignores Ctrl-C, and so would make
         make = subprocess.Popen(
-            words, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+            words,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         while "there" not in make.stdout.readline():
             pass
