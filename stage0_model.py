@@ -1310,7 +1310,15 @@ def save(model, tokenizer, path):
     path = Path(path)
     for stale in path.glob("model*.safetensors*"):
         stale.unlink()
-    tokenizer.save_pretrained(path)  # makes the folder
+
+    # transformers writes in place, so it is let write beside, and each file is renamed
+    aside = path / "tokenizer.part"
+    tokenizer.save_pretrained(aside)
+    for file in aside.iterdir():
+        os.replace(file, path / file.name)
+    aside.rmdir()
+
+    # what ends a turn, for every engine that reads it
     ends = {"eos_token_id": model.config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     write_json(path / "generation_config.json", ends)
 
@@ -1993,9 +2001,12 @@ class Run:
                 # the sign by which `compare` lets a lower rate go on
                 if self.writes:
                     write_text(self.stopped, f"{key} {row[key]} at step {row['step']}\n")
+                lower = f"--lr {self.args.lr / 2:g}"
+                if getattr(self.args, "muon_lr", 0):
+                    lower += f" --muon-lr {self.args.muon_lr / 2:g}"
                 raise UserError(
                     f"{key} is {row[key]} at step {row['step']}; {self.path} keeps its last finite state: "
-                    f"the same command with a lower rate goes on from it, e.g. --lr {self.args.lr / 2:g}"
+                    f"the same command with a lower rate goes on from it, e.g. {lower}"
                 )
 
         # what is left of a number after six digits is noise

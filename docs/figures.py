@@ -63,7 +63,11 @@ def draw_curves(folders, file):
         for panel in panels[len(keys) :]:
             panel.axis("off")
 
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    # an older picture is drawn anew, anything else is somebody's work
+    file = Path(file)
+    if file.is_file() and not file.read_bytes().startswith(b"\x89PNG"):
+        raise UserError(f"--out {file} is there and no picture; give another name")
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=80)
     print(f"wrote {file}")
 

@@ -77,3 +77,16 @@ def test_the_summary_is_printed(tmp_path, monkeypatch, capsys):
     figures.main()
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last[:4] == ["stage1", "format", "1", "50.0"] and last[-1] == "-"  # no row above it, no gain
+
+
+def test_a_picture_is_never_drawn_over_what_is_no_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "log.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.6}\n')
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(stage0.UserError, match="is there and no picture"):
+        figures.draw_curves([tmp_path / "stage1"], notes)
+    assert notes.read_text() == "mine"
+    for _ in range(2):  # but over an older picture
+        figures.draw_curves([tmp_path / "stage1"], tmp_path / "curves.png")
