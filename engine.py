@@ -634,9 +634,13 @@ class Engine:
         """
         began = time.time()
         for name, kind, value in (
-            *(("n", positive_int, n), ("max_new_tokens", positive_int, max_new_tokens)),
-            *(("temperature", not_negative, temperature), ("top_p", positive_fraction, top_p)),
-            *(("top_k", natural_int, top_k), ("seed", seed_int, seed)),
+            ("n", positive_int, n),
+            ("max_new_tokens", positive_int, max_new_tokens),
+            ("temperature", not_negative, temperature),
+            ("top_p", positive_fraction, top_p),
+            # 0: any token
+            ("top_k", natural_int, top_k),
+            ("seed", seed_int, seed),
             ("max_branches", positive_int, max_branches),
             ("step_repetition_penalty", positive_float, step_repetition_penalty),
         ):

@@ -27,21 +27,12 @@ from tqdm import tqdm
 
 from engine import TAGS, Engine, Example, batches, token_logprobs, trace, trace_page
 from stage0_model import KIND_CHOICES, KINDS, SPLITS, apply_op, first_moves, make_problems  # made problems
-from stage0_model import PLAIN_PROMPT, REAL_PLAIN_PROMPT, last_boxed, prompt_ids  # any
-from stage0_model import read_problems, read_prompt
-from stage0_model import DTYPES, from_all_ranks, load, my_share, pick_device, ranks  # models
-from stage0_model import checkpoint_folder, fingerprint, response_text  # models
-from stage0_model import (
-    UserError,
-    hold,
-    read_arguments,
-    read_jsonl,
-    read_object,
-    run_main,
-    write_text,
-)  # the run
-from stage0_model import device_name, natural_int, nonempty, not_negative, positive_fraction  # flags
-from stage0_model import positive_int, seed_int
+from stage0_model import PLAIN_PROMPT, REAL_PLAIN_PROMPT, read_problems, read_prompt  # real ones, prompts
+from stage0_model import checkpoint_folder, last_boxed, load, prompt_ids, response_text  # model and text
+from stage0_model import DTYPES, device_name, natural_int, nonempty, not_negative, positive_fraction  # flags
+from stage0_model import positive_int, read_arguments, seed_int
+from stage0_model import UserError, fingerprint, from_all_ranks, hold, my_share, pick_device, ranks  # the run
+from stage0_model import read_jsonl, read_object, run_main, write_text
 from stage1_zero import parse_response
 
 # ==================================================================================================
