@@ -482,11 +482,15 @@ def test_kernels_compile_for_a_gpu_that_is_not_there():
 FAKE_CUDA = ROOT.parent / "shared" / "tools" / "fake_cuda" / "run.sh"
 
 
-def on_the_fake_device(*command):
-    """Output of a Python that has the stand-in for a GPU beneath it."""
+def on_the_fake_device(tmp_path, *command):
+    """Output of a Python that has the stand-in for a GPU beneath it.
+
+    It is built in tmp_path, because it is linked with the very torch of this interpreter.
+    """
     if not FAKE_CUDA.is_file() or not shutil.which("g++"):
         pytest.skip(f"the fake device is not here: {FAKE_CUDA} and g++ are needed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PY": sys.executable}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PY": sys.executable, "TMPDIR": str(tmp_path)}
     command = ["bash", str(FAKE_CUDA), *map(str, command)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -494,10 +498,10 @@ def on_the_fake_device(*command):
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_a_4090_short_rows_and_wide_fp32_heads_included():
+def test_every_kernel_compiles_for_a_4090_short_rows_and_wide_fp32_heads_included(tmp_path):
     """Torch 2.13 finds no tiles for FlexAttention on 96 tokens when it may choose the kernel, and the
     usual tiles of 128 wide heads in fp32 need more shared memory than this card has."""
-    found = json.loads(on_the_fake_device("tests/lower_on_cuda.py").splitlines()[-1])
+    found = json.loads(on_the_fake_device(tmp_path, "tests/lower_on_cuda.py").splitlines()[-1])
     assert len(found) == 7
     assert {case: said for case, said in found.items() if not isinstance(said, int) or said > 101_376} == {}
 
