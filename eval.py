@@ -13,7 +13,6 @@ stages 2 and 3 decode in parallel.  `path=plain`, `path=format` and `path=parall
 The README's glossary explains the metrics; docs/figures.py makes pictures and tables of many runs.
 """
 
-import itertools
 import json
 import math
 import time
@@ -32,7 +31,7 @@ from stage0_model import checkpoint_folder, last_boxed, load, prompt_ids, respon
 from stage0_model import DTYPES, device_name, natural_int, nonempty, not_negative, positive_fraction  # flags
 from stage0_model import positive_int, read_arguments, seed_int
 from stage0_model import UserError, fingerprint, from_all_ranks, hold, my_share, pick_device, ranks  # the run
-from stage0_model import read_jsonl, read_object, run_main, write_text
+from stage0_model import old_name, read_jsonl, read_object, run_main, write_text
 from stage1_zero import parse_response
 
 # ==================================================================================================
@@ -288,8 +287,7 @@ def judged_rows(engine, path, mode, name, problems, args, k=1, temperature=0.0):
     there, *rows = read_jsonl(file) or [settings]
     if there != settings:
         if ranks()[0] == 0:
-            names = (file.with_suffix(f".old-{n}") for n in itertools.count(1))
-            file.rename(next(name for name in names if not name.exists()))
+            file.rename(old_name(file.with_suffix("")))
         rows = []
     done = 0  # rows, then problems, that are whole and in order
     while done < len(rows) and rows[done].get("number") == done // k:

@@ -1829,6 +1829,12 @@ def hold(folder):
         raise UserError(f"--out {folder}: another process writes there; wait for it, or give another folder")
 
 
+def old_name(path):
+    """Where what stands at `path` is moved aside: the first free of `path`.old-1, .old-2, .."""
+    names = (Path(f"{path}.old-{n}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
 class Run:
     """A stage's output folder: args.json, inputs.json, log.jsonl, and `resume/` while it runs.
 
@@ -1919,8 +1925,7 @@ class Run:
                 f"--out {self.path} holds another run, {what} ({'; '.join(changed[:3])}); "
                 "give another folder, or --overwrite to move it aside"
             )
-        names = (Path(f"{self.path.resolve()}.old-{n}") for n in itertools.count(1))
-        return next(name for name in names if not name.exists())
+        return old_name(self.path.resolve())
 
     def start(self, model, optimizers):
         """The step to go on after: 0, or where a stopped run left off, all of its state restored.

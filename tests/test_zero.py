@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stage0_model as stage0
+from engine import TAGS
 from stage1_zero import VIOLATIONS, dapo_advantages, dapo_loss, format_score, overlong_penalty, parse_response
 
 GOOD = (
@@ -74,14 +75,7 @@ def test_parse_response_reads_blocks_and_final_text():
 def test_parser_never_raises_on_shuffled_tags():
     rng = random.Random(0)
     bits = [
-        "<guideline>",
-        "</guideline>",
-        "<plan>",
-        "</plan>",
-        "<step>",
-        "</step>",
-        "<takeaway>",
-        "</takeaway>",
+        *TAGS,
         "1:ab",
         "\\boxed{3}",
         " ",
@@ -155,18 +149,8 @@ def test_a_plan_after_its_guideline_has_closed_belongs_to_no_block():
 
 def hostile_texts(n=20_000):
     """Texts that a model could write to break a parser: very long, very deep, very many of one thing."""
-    tags = [
-        "<guideline>",
-        "</guideline>",
-        "<plan>",
-        "</plan>",
-        "<step>",
-        "</step>",
-        "<takeaway>",
-        "</takeaway>",
-    ]
     pieces = [
-        *tags,
+        *TAGS,
         "\\boxed{",
         "\\boxed{}",
         "{",
