@@ -133,13 +133,13 @@ twins: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage2_seq $(OUT)/stage2 $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins $(EVAL)
 	$(RUN) eval.py $(OUT)/stage2 --temperature 0.7 --greedy 3 --timed 0 --out $(OUT)/twins/cool $(EVAL)
 	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins/chains --kind chains --n 300 --greedy 300 --timed 60 $(EVAL)
-	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins/hard --split hard --n 900 --greedy 300 --max-new-tokens 1280 $(EVAL)
+	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins/hard --split hard --n 900 --greedy 300 --max-new-tokens 1792 $(EVAL)
 
 # an interrupt deletes no target: what has its name is whole, it came by rename
 .PRECIOUS: $(patsubst %,$(OUT)/%/$(DONE),stage0 stage1 stage2 stage3 stage2_seq stage3_seq) \
   $(OUT)/eval.json $(OUT)/seed1/eval.json $(OUT)/seed2/eval.json $(OUT)/ablations/%/$(DONE)
 
-ABLATIONS := papo group-std no-schema-filter clip-updates count-forced
+ABLATIONS := papo group-std schema-filter clip-updates count-forced
 ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))
 	$(RUN) eval.py $(ABLATIONS:%=$(OUT)/ablations/%) --out $(OUT)/ablations --n 501 --greedy 3 --timed 0 $(EVAL)
 

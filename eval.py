@@ -5,6 +5,7 @@ Out: a table, and in --out: eval.json, eval.txt, responses.jsonl, trace.html (fo
 
     python eval.py out/stage0 out/stage1 out/stage2 out/stage3
     python eval.py out/stage3 out/stage3_seq --split hard --n 100 --out out/hard
+    python eval.py out/stage3 --kind chains --depth 12 --width 4    # one rung
     python eval.py out/npr --bench aime25 math500 --k 8 --out out/real    # real problems, resumable
 
 Each checkpoint is decoded in the mode it was made for: a base is asked plainly, and asked for the
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from engine import TAGS, Engine, Example, batches, token_logprobs, trace, trace_page
-from stage0_model import KIND_CHOICES, KINDS, SPLITS, apply_op, first_moves, make_problems  # made problems
+from stage0_model import KIND_CHOICES, KINDS, SPLITS, make_problems, step_errors  # made problems
 from stage0_model import PLAIN_PROMPT, REAL_PLAIN_PROMPT, read_problems, read_prompt  # real ones, prompts
 from stage0_model import checkpoint_folder, last_boxed, load, prompt_ids, response_text  # model and text
 from stage0_model import DTYPES, device_name, natural_int, nonempty, not_negative, positive_fraction  # flags
@@ -50,6 +51,7 @@ def judge(problem, rollout, tokenizer):
         "answer": problem.answer,
         "response": text,
         "right": problem.verify(text),
+        "false": step_errors(problem, text),  # what it states and is not so
         # A response that was cut off is not valid, however perfect its text.
         "valid": rollout.finish_reason == "stop" and not parsed.violations,
         "finish_reason": rollout.finish_reason,
@@ -80,18 +82,8 @@ def judge_all(problems, rollouts, tokenizer):
 def parts_of(problem):
     """How many parts a made problem has: its chains, its terms, or the first moves that lead to a
     countdown's target.  None for a real problem.
-
-    3 4 5 make 35 -> 1: only 3+4, then 7*5      3 4 5 make 12 -> 3: 3+4+5 may begin with any two
     """
-    if problem.kind != "countdown":
-        return len(problem.parts.get("chains") or problem.parts.get("terms") or []) or None
-    target = problem.parts["target"]
-    values = [(apply_op(x, op, y), rest) for x, op, y, rest in first_moves(problem.parts["numbers"])]
-    # A first move leads there if its value and one of the numbers left do.
-    return sum(
-        any(apply_op(max(value, z), op, min(value, z)) == target for z in rest for op in "+-*")
-        for value, rest in values
-    )
+    return len(problem.parts.get("labels", [])) or problem.parts.get("leading")
 
 
 def mean_and_ci(values_per_problem):
@@ -136,6 +128,8 @@ def measure(judged):
     return {
         "accuracy": accuracy,
         "accuracy ci95": ci,
+        # Right for the right reason: nothing false on the way.  (Older rows do not say.)
+        "right and sound": float(np.mean([row["right"] and not row.get("false") for row in flat])),
         "best@k": float(np.mean([any(row["right"] for row in rows) for rows in judged])),
         "majority@k": float(np.mean([majority(rows) for rows in judged])),
         # Of fewer samples than were drawn: what more tries would buy, 1, 2, 4, .. up to all.
@@ -392,6 +386,7 @@ def main_row(result, k):
     first = result["minus first row"] is None
     columns = NAMES | {
         "accuracy %": "{accuracy:.1%} ±{accuracy ci95:.1%}",
+        "right and sound %": "{right and sound:.1%}",
         **({"best@k %": "{best@k:.1%}", "majority@k %": "{majority@k:.1%}"} if k > 1 else {}),
         "minus row above": "-" if first else "{minus row above[0]:+.1%} ±{minus row above[1]:.1%}",
         "minus first row": "-" if first else "{minus first row[0]:+.1%} ±{minus first row[1]:.1%}",
@@ -418,6 +413,7 @@ def kinds_row(result):
             measured,
             {
                 f"{kind} acc %": "{accuracy:.1%} ±{accuracy ci95:.1%}",
+                f"{kind} sound %": "{right and sound:.1%}",  # right, and nothing false on the way
                 f"{kind} valid %": "{valid:.1%}",
                 f"{kind} tok/path": "{tokens/path:.2f}",
             },
@@ -494,11 +490,13 @@ ARGUMENTS = (
     ("--out",            nonempty,          "out",     "folder for eval.json, eval.txt, responses.jsonl and trace.html"),
     ("--kind",           KIND_CHOICES,      "all",     "problems to judge on"),
     ("--split",          SPLITS,            "heldout", "tune is for choosing settings, heldout for reporting"),
+    ("--depth",          natural_int,       0,         "only problems of this depth, of any reach (stage0_model.RUNGS); 0: the split's own"),
+    ("--width",          natural_int,       0,         "only problems of this width, likewise"),
     ("--n",              positive_int,      1002,      "problems, all kinds together"),
     ("--k",              positive_int,      1,         "samples per problem at --temperature"),
     ("--temperature",    not_negative,      1.0,       "of the sampled columns; a greedy column stands beside them"),
     ("--greedy",         positive_int,      501,       "how many of the problems are decoded greedily too"),
-    ("--max-new-tokens", positive_int,      640,       "response budget in tokens, all branches together"),
+    ("--max-new-tokens", positive_int,      896,       "response budget in tokens, all branches together"),
     ("--top-p",          positive_fraction, 1.0,       "sample from the smallest set of tokens with this probability (paper: 0.7)"),
     ("--bench",          BENCHES,           [],        "judge on these real benchmarks instead of made problems", {"nargs": "+"}),
     ("--bench-dir",      str,               "",        "folder with their files; a benchmark without a file there comes from the hub"),
@@ -533,7 +531,8 @@ def main():
         return run_benches(args, device)
 
     # ---- judge: every checkpoint in every mode it is made for, all on the same problems ----
-    problems = make_problems(args.kind, args.split, args.n, args.seed)
+    rung = {"depth": args.depth, "width": args.width}  # 0: the split's own
+    problems = make_problems(args.kind, args.split, args.n, args.seed, **rung)
     judgements = [judge_checkpoint(path, mode, problems, args, device) for path, mode in pairs]
     contestants, results, judged, traces = zip(*judgements)
     compare(results, judged)
@@ -548,8 +547,10 @@ def main():
     ]
     write(Path(args.out) / "responses.jsonl", "".join(responses))
     write(Path(args.out) / "trace.html", trace_page(sum(traces, [])))
+    asked = "".join(f" of {name} {size}" for name, size in rung.items() if size)
     head = (
-        f"{len(problems)} {args.split} problems, {args.k} sample(s) at temperature {args.temperature}, "
+        f"{len(problems)} {args.split} problems{asked}, "
+        f"{args.k} sample(s) at temperature {args.temperature}, "
         f"greedy on the first {min(args.greedy, args.n)}, device {device}"
     )
     tables = [

@@ -296,7 +296,7 @@ ARGUMENTS = (
     ("--samples",         positive_int,   2,            "responses per question"),
     ("--keep",            positive_int,   2,            "accepted responses kept per question at most"),
     ("--keep-wrong",      bool,           False,        "ablation: filter by format alone, wrong answers stay in"),
-    ("--max-new-tokens",  positive_int,   640,          "response budget in tokens"),
+    ("--max-new-tokens",  positive_int,   896,          "response budget in tokens"),
     ("--temperature",     positive_float, 1.0,          "of the sampling"),
     ("--sequential",      bool,           False,        "the twin SR-BETA: same data and updates, causal mask, all tokens learned"),
     ("--epochs",          positive_float, 4.0,          "passes over the accepted samples"),

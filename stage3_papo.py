@@ -11,13 +11,16 @@ L = -(1 / sum_i |y_i|) sum_i sum_t [pi(y_it) / stopgrad(pi(y_it))] A_i
 
 Differences from GRPO, PAPO's four:
 1. rollouts by the parallel engine, which forks and joins;
-2. schema filter: malformed and truncated rollouts are dropped, so the reward is accuracy alone;
+2. with --schema-filter, malformed and truncated rollouts are dropped, so that the reward is
+   accuracy alone;
 3. the standard deviation is the whole batch's, not the group's;
 4. strictly on-policy: one update per batch, no ratio and no clip.
-Each is taken away by a flag: --sequential, --no-schema-filter, --group-std, --clip-updates.
+The others are taken away by a flag each: --sequential, --group-std, --clip-updates.
 Differences from the paper:
-1. forced tokens are not actions and carry no loss (--count-forced counts them);
-2. the scale of the logits learns faster than the matrices, the one direction in which small batches
+1. the schema filter is off, and what it would drop scores -2: with it, nothing holds the format
+   once answers grow longer;
+2. forced tokens are not actions and carry no loss (--count-forced counts them);
+3. the scale of the logits learns faster than the matrices, the one direction in which small batches
    agree (--gain-factor 1: all alike).
 """
 
@@ -47,7 +50,7 @@ from stage1_zero import Judged, averages, batch_of, dapo_advantages, dapo_loss, 
 def papo_advantages(rewards, group_ids, eps=1e-6):
     """A_i = (R_i - mean_G) / (std_batch + eps).
 
-    std_batch: population std over all responses of the step that passed the schema filter, of all
+    std_batch: population std over all responses of the step that are learned from, of all
     questions together.  A nearly solved group has a small std of its own, and dividing by that
     would blow up its one failure.  rewards (B,), group_ids (B,) -> (B,).
 
@@ -104,20 +107,23 @@ def shares_of(groups, args):
 
 
 def reward_of(rollout, text, valid, right, args):
-    """R of one response: +1 if it is valid and right, else -1, unless a control asks for another.
+    """R of one response: +1 if it is right, -1 if it is wrong, -2 if it is malformed or truncated,
+    which costs more than a wrong answer, so that a search that leads nowhere is worth ending.
 
     With --path-weight w a right answer earns up to w more, w (1 - critical path / tokens): nothing
     for thinking sequentially, more the fewer of its tokens had to be waited for.
     """
     if args.reward == "random":  # a coin, the same on every rank
         return random.Random(f"{args.seed}/{text}").choice([1.0, -1.0])
-    if not valid or not (right or args.reward == "format"):
+    if not valid:
+        return -2.0
+    if not right and args.reward == "answer":
         return -1.0
     return 1.0 + args.path_weight * (1 - rollout.critical_path / len(rollout.ids))
 
 
 def judge(problem, prompt, rollout, tokenizer, args):
-    """A response and its reward; what is not valid may yet be dropped by the schema filter."""
+    """A response and its reward; what is not valid scores -2, or is dropped (--schema-filter)."""
     text = response_text(tokenizer, rollout.ids)
     valid = rollout.finish_reason == "stop" and format_score(text) == 0
     right = problem.verify(text)
@@ -150,12 +156,12 @@ def sample_groups(engine, data, format_prompt, step, args):
     for problem, prompt, rollouts in zip(problems, prompts, responses):
         drawn.append([judge(problem, prompt, r, engine.tokenizer, args) for r in rollouts])
 
-    # Schema filter: what is malformed or truncated is left out, unless an ablation keeps it.
+    # What is malformed or truncated has scored -2; the paper's schema filter leaves it out.
     groups = []
     judged = []
     for group in from_all_ranks(drawn):
         judged += group
-        groups.append([j for j in group if j.valid or args.no_schema_filter])
+        groups.append([j for j in group if j.valid or not args.schema_filter])
     return groups, judged
 
 
@@ -181,14 +187,14 @@ ARGUMENTS = (
     ("--lr",               positive_float, 1e-4,         "peak AdamW learning rate, falling to zero over the last quarter"),
     ("--muon-lr",          not_negative,   0.0,          "peak Muon learning rate of the matrices; 0: AdamW does it all"),
     ("--gain-factor",      positive_float, 400,          "the scale of the logits (gains of the last norm) learns so many times faster"),
-    ("--max-new-tokens",   positive_int,   640,          "response budget in tokens, all branches together"),
+    ("--max-new-tokens",   positive_int,   896,          "response budget in tokens, all branches together"),
     ("--max-branches",     positive_int,   8,            "most plans a guideline may have"),
     ("--temperature",      positive_float, 1.0,          "of the rollouts"),
     ("--path-weight",      not_negative,   0.0,          "w: a right answer earns w (1 - critical path / tokens) more"),
     ("--reward",           REWARDS,        "answer",     "controls: format pays for the format alone, random for nothing"),
     ("--sequential",       bool,           False,        "the twin SR: sequential rollouts, causal mask, same updates"),
     ("--group-std",        bool,           False,        "ablation: the standard deviation of each group, as in GRPO"),
-    ("--no-schema-filter", bool,           False,        "ablation: keep malformed and truncated rollouts, with reward -1"),
+    ("--schema-filter",    bool,           False,        "as in the paper: drop malformed and truncated rollouts, which here score -2"),
     ("--clip-updates",     natural_int,    0,            "ablation: so many PPO updates per batch, clipped, instead of one"),
     ("--count-forced",     bool,           False,        "ablation: forced tokens carry loss like sampled ones"),
     ("--micro-tokens",     natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),

@@ -75,9 +75,10 @@ def run_jobs(rank, world, ports, jobs):
 SMALL_RL = "--prompts 3 --max-new-tokens 60 --micro-tokens 400 --lr 1e-3"
 JOBS = {
     "stage1": f"--init {{p}}/plain --steps 3 --group-size 2 {SMALL_RL} --overlong-buffer 30 --max-rounds 3",
-    "stage3": f"--init {{p}}/tagged --steps 4 --group-size 8 {SMALL_RL} --gain-factor 5 --save-every 2",
+    "stage3": f"--init {{p}}/tagged --steps 4 --group-size 8 {SMALL_RL} --gain-factor 5 --save-every 2"
+    " --schema-filter",
     "stage3 ablations": f"--init {{p}}/tagged --steps 2 --group-size 6 {SMALL_RL} --gain-factor 5"
-    " --no-schema-filter --group-std",
+    " --group-std",
     # AdamW alone: Muon's bf16 iteration turns a rounding of the gradient into 1e-4 of the weights
     "stage2": "--init {p}/plain --data {p}/data --epochs 2 --batch-tokens 900 --micro-tokens 300"
     " --lr 1e-3 --muon-lr 0",

@@ -54,15 +54,34 @@ def test_every_metric_of_two_problems_with_two_samples(tokenizer):
 
 
 def test_parts_count_chains_terms_and_first_moves_that_lead_to_the_target():
-    def countdown(numbers, target):
-        return stage0.Problem("countdown", "q", "", {"numbers": numbers, "target": target})
-
-    assert judge.parts_of(countdown([3, 4, 5], 35)) == 1  # only 3+4, then 7*5
-    assert judge.parts_of(countdown([3, 4, 5], 12)) == 3  # 3+4+5 may begin with any two
-    assert judge.parts_of(countdown([3, 4, 5], 99)) == 0
-    for kind, key in (("chains", "chains"), ("sums", "terms")):
-        assert all(judge.parts_of(p) == len(p.parts[key]) for p in stage0.make_problems(kind, "tune", 5, 0))
+    for p in stage0.make_problems("all", "tune", 15, 0):
+        named = p.question.count(":")
+        assert judge.parts_of(p) == (p.parts["leading"] if p.kind == "countdown" else named)
     assert judge.parts_of(stage0.Problem("math", "q", "9")) is None
+
+
+def test_right_and_sound_are_right_answers_without_a_false_step(tokenizer):
+    problem = stage0.Problem("sums", "A:12*4 +B:11*2 total modulo 100?", "70")
+    sound = r"<step>1:A12*4=48;a48</step><step>2:B11*2=22;b22</step><takeaway>a48+b22=70</takeaway>\boxed{70}"
+    texts = [sound, sound.replace("12*4=48;", "12*4=50;"), sound.replace("{70}", "{71}"), r"\boxed{70}"]
+    judged = [[judge.judge(problem, rollout(tokenizer, text, 9), tokenizer)] for text in texts]
+    m = judge.measure(judged)
+    assert (m["accuracy"], m["right and sound"]) == (0.75, 0.5)
+    assert judged[1][0]["false"] == ["12*4=50", "a48"]
+
+
+def test_a_rung_is_judged_exactly(tmp_path, monkeypatch, plain_tokenizer, capsys):
+    stage0.save(random_model(len(plain_tokenizer)), plain_tokenizer, tmp_path / "base")
+    flags = f"{tmp_path}/base=plain --kind chains --depth 4 --width 2 --n 3 --timed 0 --max-new-tokens 2"
+    monkeypatch.setattr(sys, "argv", ["eval.py", *flags.split(), "--out", str(tmp_path)])
+    judge.main()
+    questions = [
+        json.loads(line)["problem"] for line in (tmp_path / "responses.jsonl").read_text().splitlines()
+    ]
+    assert len(questions) == 3
+    assert all((q.count(";"), q.split(";")[0].count(":")) == (3, 2) for q in questions)
+    shown = capsys.readouterr().out
+    assert "3 heldout problems of depth 4 of width 2, " in shown and "right and sound %" in shown
 
 
 def test_signs_of_collapse_are_counted(tokenizer):

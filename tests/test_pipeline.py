@@ -175,10 +175,10 @@ def test_a_killed_run_resumes_and_ends_with_the_weights_of_an_uninterrupted_one(
 TWIN_AND_ABLATIONS = [
     "--sequential",
     "--group-std",
-    "--no-schema-filter",
+    "--schema-filter",
     "--clip-updates 2",
     "--count-forced",
-    "--no-schema-filter --count-forced",
+    "--schema-filter --count-forced",
 ]
 
 
@@ -201,7 +201,9 @@ def test_the_sequential_twin_and_every_ablation_of_papo_runs(tmp_path, monkeypat
         assert all(row["logprob_gap"] < 1e-3 for row in rows)
     if flags == "--sequential":
         assert all(row["critical_path"] == row["length"] for row in rows)
-    if "--no-schema-filter" in flags:
+    if "--schema-filter" in flags:
+        assert all(row["used"] == round(row["valid"] * row["sampled"]) for row in rows)
+    else:
         assert all(row["used"] == row["sampled"] == 6 for row in rows)
 
 
@@ -238,6 +240,7 @@ MISTAKES = [
     ("engine.py --init {plain} 1*2", "needs a checkpoint from stage 2 or 3"),
     ("engine.py --init {tagged} 1*2 --max-new-tokens 99999999", "exceed the KV budget"),
     ("eval.py {plain}=upside-down --out {tmp}/o", "unknown mode 'upside-down'"),
+    ("eval.py {plain} --kind sums --depth 9 --out {tmp}/o", "--depth 9: sums has 1, 2, 3; give one of these"),
     ("stage1_zero.py --kind riddles", "invalid choice: 'riddles'"),
     ("stage3_papo.py --learning-rate 1", "unrecognized arguments: --learning-rate"),
     ("stage1_zero.py --init {plain} --device cuda", "no CUDA device is visible"),

@@ -34,120 +34,123 @@ def test_the_corpus_never_holds_a_heldout_or_tune_question():
         assert stage0.split_of(question) == "train"
 
 
+def worked_by_the_question(kind, question):
+    """The answer of a chains or sums question, by its text alone."""
+    if kind == "sums":  # 'A:37*6 -B:12*4 total ..' -> 37*6 -12*4: our own text, not a model's
+        return eval(re.sub("[A-H]:", "", question.split(" total")[0])) % 100
+    result = None
+    for part in question.removesuffix(" modulo 100?").split("; "):
+        *chains, goal = part.removesuffix(" M").split(" ")
+        ends = []
+        for chain in chains:
+            first, *moves = re.findall("M|[0-9]+|[-+*][0-9]+", chain[2:])
+            value = result if first == "M" else int(first)
+            for move in moves:  # left to right, no precedence
+                n = int(move[1:])
+                value = {"+": value + n, "-": value - n, "*": value * n}[move[0]] % 100
+            ends.append(value)
+        result = {"largest": max, "smallest": min, "total": sum}[goal](ends) % 100
+    return result
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", ["train", "hard"])
 def test_the_stated_answer_is_right_by_an_independent_calculation(kind, split):
     for p in make_problems(kind, split, 60, seed=0):
-        if kind == "chains":
-            asked, ends = p.question.rstrip("?").split(" of ")[1].split(" "), []
-            for chain in p.question.split(" modulo")[0].split(" "):
-                if chain[0] not in asked:
-                    continue
-                body, value = chain[2:], None
-                numbers, ops = [int(x) for x in re.split(r"[-+*]", body)], [c for c in body if c in "+-*"]
-                value = numbers[0]
-                for op, n in zip(ops, numbers[1:]):  # left to right, no precedence
-                    value = {"+": value + n, "-": value - n, "*": value * n}[op] % 100
-                ends.append(value)
-            goal = p.question.rstrip("?").split(", ")[1].split(" of ")[0]
-            assert int(p.answer) == {"largest": max, "smallest": min, "total": lambda e: sum(e) % 100}[goal](
-                ends
-            )
-        elif kind == "sums":
-            terms, asked = p.question.rstrip("?").split(" modulo 100, total of ")
-            asked = "".join(
-                t.replace(":", "") for t in terms.split(" ") if t.lstrip("+-")[0] in asked.split(" ")
-            )
-            assert asked[0] != "-"  # a total never begins by taking away
-            assert (
-                int(p.answer) == eval(re.sub("[A-H]", "", asked)) % 100
-            )  # A37*6-B12*4 -> 37*6-12*4: our own question, not model text
-        else:
+        if kind == "countdown":
             given, target = (
                 [int(n) for n in side.rstrip("?").split()] for side in p.question.split(" make ")
             )
-            if p.answer == "none":
-                for a, b, c in itertools.permutations(given):
-                    for first, second in itertools.product("+-*", repeat=2):
-                        tries = f"{a}{first}{b}", f"({a}{first}{b}){second}{c}", f"{a}{first}({b}{second}{c})"
-                        assert target[0] not in [eval(text) for text in tries]  # our own text, not a model's
-            else:
-                value, used = evaluate(p.answer)
-                assert [value] == target and set(used) <= set(given)
+            value, used = evaluate(p.answer)
+            assert [value] == target and sorted(used) == given
+        else:
+            assert int(p.answer) == worked_by_the_question(kind, p.question)
         assert p.verify(f"so \\boxed{{{p.answer}}}")
 
 
-def test_hard_problems_are_more_than_any_training_problem():
-    operations = {
-        split: [sum(len(ops) for _, ops in p.parts["chains"]) for p in make_problems("chains", split, 200, 0)]
-        for split in ("train", "hard")
-    }
-    assert max(operations["train"]) == 60 and set(operations["hard"]) == {96}
-    assert all(p.question.count(":") == 8 for p in make_problems("chains", "hard", 20, 0))
-    assert {len(p.parts["terms"]) for p in make_problems("sums", "train", 200, 0)} == {2, 3, 4, 5, 6}
-    assert {len(p.parts["terms"]) for p in make_problems("sums", "hard", 20, 0)} == {7, 8}
-    assert (
-        max(p.question.count("*") for p in make_problems("sums", "train", 200, 0)) == 8
-    )  # a question as long as the hard ones
-    assert all(len(p.parts["numbers"]) == 4 for p in make_problems("countdown", "hard", 20, 0))
+def rung(problem):
+    """(depth, width) of a problem, from what its question says; a countdown's width by trying every
+    first move and what + and - make of the numbers left, in their order, within 0..99."""
+    if problem.kind == "chains":
+        rounds = problem.question.split(";")
+        return len(rounds), rounds[0].count(":")
+    if problem.kind == "sums":
+        factors = re.findall(r"\*(\d+)", problem.question)
+        assert len({len(factor) for factor in factors}) == 1
+        return len(factors[0]), len(factors)
+    *numbers, target = map(int, re.findall(r"\d+", problem.question))
+    leading = 0
+    for y, x in itertools.combinations(numbers, 2):
+        third, fourth = (n for n in numbers if n not in (x, y))
+        for first in (x + y, x - y, x * y):
+            middles = [m for m in (first + third, first - third) if 1 <= first <= 99 and 0 <= m <= 99]
+            leading += target in [end for m in middles for end in (m + fourth, m - fourth)]
+    return len(numbers), leading
 
 
-def test_nothing_of_a_hard_chains_problem_is_new_but_that_it_is_all_at_once():
-    seen = {split: make_problems("chains", split, 600, 0) for split in ("train", "hard")}
-    for measure in (
-        lambda p: p.question.count(":"),
-        lambda p: len(p.parts["labels"]),
-        lambda p: len(p.parts["chains"][0][1]),
-    ):
-        assert max(map(measure, seen["hard"])) == max(map(measure, seen["train"]))
-    longest = {split: max(len(p.question) for p in problems) for split, problems in seen.items()}
-    assert longest["train"] > 0.95 * longest["hard"]  # 600 problems may miss the very longest question
+@pytest.mark.parametrize("kind", KINDS)
+def test_problems_come_from_the_rungs_of_their_reach(kind):
+    rng = random.Random(0)
+    for reach in ("corpus", "edge", "beyond"):
+        depths, widths = zip(*(rung(stage0.draw_problem(kind, rng, reach)) for _ in range(200)))
+        known = stage0.RUNGS[kind][reach]
+        assert set(depths) <= set(known[0]) and set(widths) <= set(known[1])
+        assert max(depths) == max(known[0]) or known[0][max(known[0])] < 2  # a rung of 1 % may be missed
 
 
-def test_some_countdowns_of_the_training_kind_have_no_solution_and_none_of_the_hard_ones():
-    share = {
-        split: sum(p.answer == "none" for p in make_problems("countdown", split, 300, 0)) / 300
-        for split in ("train", "hard")
-    }
-    assert 0.1 < share["train"] < 0.3 and share["hard"] == 0
+def test_hard_problems_are_beyond_and_all_others_at_the_edge_unless_a_reach_is_given():
+    assert {rung(p)[0] for p in make_problems("chains", "hard", 30, 0)} == set(
+        stage0.RUNGS["chains"]["beyond"][0]
+    )
+    assert make_problems("all", "tune", 9, 0) == make_problems("all", "tune", 9, 0, "edge")
+    assert stage0.draw_problems(None, "all", 9, 0) == make_problems("all", "train", 9, 0, "edge")
+    assert stage0.draw_problems(None, "all", 9, 0, "corpus") == make_problems("all", "train", 9, 0, "corpus")
 
 
-def test_training_problems_name_every_label_that_a_hard_one_names():
-    for kind in ("chains", "sums"):
-        named = {
-            split: {label for p in make_problems(kind, split, 60, 0) for label in p.parts["labels"]}
-            for split in ("train", "hard")
-        }
-        assert named["hard"] <= named["train"]
+def test_every_rung_of_any_reach_can_be_asked_for_exactly():
+    for kind in KINDS:
+        depths, widths = (sorted(set().union(*each)) for each in zip(*stage0.RUNGS[kind].values()))
+        for depth, width in itertools.product(depths, widths):
+            for split in ("heldout", "hard"):
+                problems = make_problems(kind, split, 3, 0, depth=depth, width=width)
+                assert {rung(p) for p in problems} == {(depth, width)}
+                assert split == "hard" or all(stage0.split_of(p.question) == split for p in problems)
+    # one of the two alone: the other is drawn as ever
+    assert {rung(p)[0] for p in make_problems("sums", "tune", 40, 0, depth=3)} == {3}
+    assert len({rung(p)[1] for p in make_problems("sums", "tune", 40, 0, depth=3)}) > 3
 
 
-def test_a_countdown_tries_its_first_moves_in_order_until_one_leads_there_or_none_is_left():
+@pytest.mark.parametrize(
+    "kind, size, message",
+    [
+        ("all", {"depth": 2}, "--depth 2: countdown has 4; give one of these, or another --kind"),
+        ("chains", {"depth": 4, "width": -1}, "--width -1: chains has 1, 2, 3, 4, 5, 6, 7, 8"),
+        ("sums", {"depth": 1, "width": 1}, "sums/heldout has no 400 distinct problems"),
+    ],
+)
+def test_a_rung_that_is_not_there_or_too_small_is_refused_by_name(kind, size, message):
+    with pytest.raises(stage0.UserError, match=message):
+        make_problems(kind, "heldout", 400, 0, **size)
+
+
+def test_a_countdown_tries_distinct_first_moves_and_stops_at_the_block_that_hits():
     rng = random.Random(0)
     for p in make_problems("countdown", "train", 200, 0):
-        order = [f"{x}{op}{y}" for x, op, y, _ in stage0.first_moves(p.parts["numbers"])]
         rounds, answer = stage0.work_out(p, rng, 0.0)
         tried = [plan for plans, _, _ in rounds for plan in plans]
-        assert tried == order[: len(tried)] and (answer != "none" or len(tried) == len(order))
+        assert len(tried) == len(set(tried)) and all(len(plans) <= 8 for plans, _, _ in rounds)
         assert all(takeaway == "none" for _, _, takeaway in rounds[:-1]) and rounds[-1][2] == answer
-
-
-def test_no_block_of_a_countdown_has_fewer_than_three_plans_or_more_than_eight():
-    rng = random.Random(0)
-    for split in ("train", "hard"):
-        for p in make_problems("countdown", split, 200, 0):
-            assert all(3 <= len(plans) <= 8 for plans, _, _ in stage0.work_out(p, rng, 0.05)[0])
+        assert answer == "none" or p.verify(f"\\boxed{{{answer}}}")
 
 
 def test_clean_worked_solutions_are_right_and_slips_make_some_wrong():
     rng = random.Random(0)
-    for kind in KINDS:
+    for kind in ("chains", "sums"):  # a countdown may end without having tried what leads there
         problems = make_problems(kind, "train", 300, 0)
         assert all(p.verify(stage0.tagged_solution(*stage0.work_out(p, rng, 0.0))) for p in problems)
         assert all(p.verify(stage0.plain_solution(*stage0.work_out(p, rng, 0.0))) for p in problems)
         slipped = sum(p.verify(stage0.tagged_solution(*stage0.work_out(p, rng, 0.05))) for p in problems)
-        assert (
-            0.2 < slipped / 300 < (1 if kind == "countdown" else 0.95)
-        )  # most countdowns have more than one way
+        assert 0.2 < slipped / 300 < 0.95
 
 
 def test_no_malformed_corpus_document_has_fewer_tokens_than_its_valid_form(plain_tokenizer):
@@ -200,45 +203,33 @@ def test_countdown_accepts_any_expression_that_uses_each_number_once(answer, rig
     assert p.verify(f"\\boxed{{{answer}}}") is right
 
 
-def test_where_nothing_reaches_the_target_only_the_word_none_is_right():
-    p = stage0.Problem("countdown", "3 9 14 make 16?", "none", {"numbers": [3, 9, 14], "target": 16})
-    assert (
-        p.verify("\\boxed{none}") and not p.verify("\\boxed{14+2}") and not p.verify("\\boxed{None of them}")
-    )
-    assert not stage0.Problem("countdown", "3 9 14 make 15?", "(14-9)*3", p.parts | {"target": 15}).verify(
-        "\\boxed{none}"
-    )
-    assert stage0.reachable([2, 3]) == {1, 2, 3, 5, 6}
-
-
 def test_small_readers_do_what_their_docstrings_say():
     assert last_boxed("x \\boxed{a{b}} y") == "a{b}" and last_boxed("none") is None
     assert evaluate("(3+4)*2") == (14, [3, 4, 2])
     assert evaluate("().__class__") == (None, [])
     assert stage0.first_moves([2, 3]) == [(3, "+", 2, []), (3, "-", 2, []), (3, "*", 2, [])]
-    assert (
-        stage0.two_moves(7, "+", 5, "+", 18, 12) == "(7+5)+18"
-        and stage0.two_moves(7, "+", 5, "-", 18, 12) == "18-(7+5)"
-    )
+    middles = [("+", 51, [("+", 60), ("-", 42)]), ("-", 37, [("+", 46), ("-", 28)])]
+    assert stage0.endings(44, [7, 9]) == middles
+    assert stage0.endings(97, [7, 9]) == [("-", 90, [("+", 99), ("-", 81)])]  # 104 is too large
     tagged = "<guideline><plan>1:A</plan></guideline><step>1:A7+2=9</step><takeaway>9</takeaway>\\boxed{9}"
     assert stage0.tagged_solution([(["A"], ["A7+2=9"], "9")], "9") == tagged
 
 
 def test_every_kind_is_worked_out_as_its_docstring_says():
     rng = random.Random(0)
-    assert stage0.add_up([("+", "a", 51), ("-", "b", 66)], rng, 0.0) == ("a51-b66=85", "85")
-    chains = {
-        "labels": ["A", "B"],
-        "chains": [(12, [("+", 5), ("*", 3)]), (40, [("-", 7), ("*", 2)])],
-        "goal": "largest",
-    }
-    worked = ["A12+5=17*3=51;a51", "B40-7=33*2=66;b66"]
-    assert stage0.work_out_chains(chains, rng, 0.0) == ([(["A", "B"], worked, "a51b66")], "66")
-    sums = {"labels": ["A", "B"], "terms": [("+", 37, 6), ("-", 12, 4)]}
-    [(_, steps, takeaway)], answer = stage0.work_out_sums(sums, rng, 0.0)
-    assert (steps[0], takeaway, answer) == ("A37*6=30*6+7*6=180+42=222;a22", "a22-b48=74", "74")
-    tried = stage0.try_move(14, "-", 9, [3], 15, rng, 0.0)
-    assert tried == ("14-9=5;5+3=8/15n5-3=2/15n5*3=15/15y;y(14-9)*3", "(14-9)*3")
+    assert stage0.add_up([("+", "a", 51), ("-", "b", 66)], rng, 0.0) == ("a51-b66=85", 85)
+    first = (["A", "B"], [(12, [("+", 5), ("*", 3)]), (40, [("-", 7), ("*", 2)])], "largest")
+    second = (["C"], [("M", [("+", 2), ("*", 2)])], "smallest")
+    rounds, answer = stage0.work_out_chains({"rounds": [first, second]}, rng, 0.0)
+    assert rounds[0] == (["A", "B"], ["A12+5=17*3=51;a51", "B40-7=33*2=66;b66"], "a51b66;M66")
+    assert (rounds[1], answer) == ((["C"], ["C66+2=68*2=36;c36"], "c36;M36"), "36")
+
+    sums = {"labels": ["A", "B"], "terms": [("+", 47, 83), ("-", 12, 4)]}
+    for written_share, step in ((0, "A47*83=3901;a01"), (1, "A47*83=47*80+47*3=3760+141=3901;a01")):
+        [(_, steps, takeaway)], answer = stage0.work_out_sums(sums, rng, 0.0, written_share)
+        assert (steps, takeaway, answer) == ([step, "B12*4=48;b48"], "a01-b48=53", "53")
+    tried = stage0.try_move(22, "*", 2, [7, 9], 42, rng, 0.0)
+    assert tried == ("22*2=44;+7=51+9=60/42n-9=42/42y;y(22*2)+7-9", "(22*2)+7-9")
 
 
 def test_unknown_kind_or_split_is_refused_by_name():
@@ -256,3 +247,106 @@ def test_tokenizer_round_trips_any_text_and_splits_digits(plain_tokenizer):
     prompt = plain_tokenizer.decode(stage0.prompt_ids(plain_tokenizer, "12*2 total?", "Be brief."))
     system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\n12*2 total?<|im_end|>\n"
     assert prompt == f"{system}{user}<|im_start|>assistant\n"
+
+
+CHAINS = stage0.Problem(
+    "chains",
+    "A:12+5*3 B:40-7*2 largest M; C:M+2*2 total modulo 100?",
+    "36",
+    {
+        "rounds": [
+            (["A", "B"], [(12, [("+", 5), ("*", 3)]), (40, [("-", 7), ("*", 2)])], "largest"),
+            (["C"], [("M", [("+", 2), ("*", 2)])], "total"),
+        ]
+    },
+)
+FIRST, SECOND = "A12+5=17*3=51;a51 B40-7=33*2=66;b66 a51b66;M66", "C66+2=68*2=36;c36 c36;M36"
+SUMS = stage0.Problem("sums", "A:47*83 -B:12*4 total modulo 100?", "53", {})
+LINE = "A47*83=47*80+47*3=3760+141=3901;a01 B12*4=48;b48 a01-b48=53"
+COUNTDOWN = stage0.Problem("countdown", "2 7 9 22 make 42?", "", {"numbers": [2, 7, 9, 22], "target": 42})
+HIT = "22*2=44;+7=51+9=60/42n-9=42/42y;y(22*2)+7-9 (22*2)+7-9"
+MISS = "9-7=2;+2=4+22=26/42n;-2=0+22=22/42n;n none"
+
+
+@pytest.mark.parametrize(
+    "problem, text, change, false",
+    [
+        (CHAINS, f"{FIRST} {SECOND}", {}, []),
+        (CHAINS, f"{FIRST} {SECOND}", {"*3=51": "*3=52"}, ["17*3=52", "a51"]),  # the end belies the line
+        (CHAINS, f"{FIRST} {SECOND}", {"*2=36": "*2=136"}, []),  # modulo 100
+        (CHAINS, FIRST, {"A12+5=17*3=51": "A12+5=17*2=34", "a51": "a34"}, ["A12+5*2"]),  # true, not asked
+        (
+            CHAINS,
+            f"{FIRST} {SECOND}",
+            {"C66": "C51", "=68*2=36": "=53*2=06", "c36": "c06", "M36": "M06"},
+            ["C51+2*2"],
+        ),
+        (CHAINS, FIRST, {"M66": "M51"}, ["M51"]),  # the smallest
+        (CHAINS, FIRST, {"a51b66": "b66"}, ["M66"]),  # of B alone: A was never compared
+        (CHAINS, FIRST, {"a51b66": "a51b65"}, ["b65", "M66"]),
+        (CHAINS, FIRST, {"=17*3": "=17*3*"}, ["17*3*=51", "A12+5*3*"]),
+        (CHAINS, FIRST, {"12+5=17": "12+5==17"}, ["12+5=", "=17", "A12+5=*3"]),
+        (SUMS, LINE, {}, []),
+        (SUMS, LINE, {"=47*80+47*3=3760+141": ""}, []),  # in the head
+        (SUMS, LINE, {"3760+141": "3750+151"}, ["47*80=3750", "47*3=151"]),  # two mistakes, the sum is right
+        (SUMS, LINE, {"=3901;a01": "=4001;a01"}, ["3760+141=4001"]),  # products are exact
+        (SUMS, LINE, {"=53": "=63"}, ["1-48=63"]),
+        (SUMS, LINE, {"B12*4=48": "B12*3=36", "b48": "b36", "=53": "=65"}, ["B12*3"]),
+        (COUNTDOWN, f"{MISS} {HIT}", {}, []),
+        (COUNTDOWN, HIT, {"=44": "=45"}, ["22*2=45", "45+7=51"]),
+        (COUNTDOWN, HIT, {"+9=60": "+9=61"}, ["51+9=61/42n"]),
+        (COUNTDOWN, HIT, {"60/42n": "60/42y"}, ["51+9=60/42y"]),  # a verdict
+        (COUNTDOWN, HIT, {"60/42n": "60/41n"}, ["51+9=60/41n"]),  # on another target
+        (COUNTDOWN, HIT, {"y;y(22*2)+7-9 (22*2)+7-9": "y;n none"}, ["n"]),
+        (COUNTDOWN, HIT, {" (22*2)+7-9": " (22*2)+7+9"}, ["(22*2)+7+9"]),
+        (COUNTDOWN, MISS, {"+22=26": "+21=25"}, ["4+21=25/42n"]),  # 21 is not given
+        (COUNTDOWN, MISS, {"4+22=26/42n": "4+22=26/42"}, ["+2=4+22=26/42"]),
+        (stage0.Problem("math", "q", "9"), "1+1=3 \\boxed{9}", {}, []),
+        (SUMS, "\\boxed{53}", {}, []),  # what is not worked out states nothing
+        (CHAINS, "A" + "9" * 5000 + "=1", {}, None),
+        (COUNTDOWN, "9" * 5000 + "=1", {}, None),
+    ],
+)
+def test_every_false_statement_of_a_response_is_found_and_no_other(problem, text, change, false):
+    for old, new in change.items():
+        assert old in text
+        text = text.replace(old, new)
+    found = stage0.step_errors(problem, text)
+    assert found if false is None else found == false
+    steps = "".join(f"<step>{i}:{part}</step>" for i, part in enumerate(text.split(" "), 1))
+    assert stage0.step_errors(problem, f"<takeaway></takeaway>{steps}") == found  # tagged alike
+
+
+@pytest.mark.parametrize("slip", [0.0, 0.3])
+def test_the_corpus_documents_with_false_statements_are_those_whose_slips_show(monkeypatch, slip):
+    """A slip shows when it changes a result that is written; only products in the head are not, and of
+    them the whole is."""
+    drawn = []
+    slips = []
+    slipped, draw_problem = stage0.slipped, stage0.draw_problem
+
+    def drawing(*args):
+        drawn.append(draw_problem(*args))
+        slips.clear()
+        return drawn[-1]
+
+    def slipping(value, *args):
+        given = slipped(value, *args)
+        slips.append(given != value)
+        return given
+
+    monkeypatch.setattr(stage0, "draw_problem", drawing)
+    monkeypatch.setattr(stage0, "slipped", slipping)
+    rng = random.Random(0)
+    flagged = 0
+    for _ in range(600):
+        _, _, text = stage0.corpus_document(rng, slip, 0.45, 0.15)
+        visible = any(slips)
+        if drawn[-1].kind == "sums" and not re.search(r"=\d+\*", text):  # in the head
+            totals = len(drawn[-1].parts["terms"]) - 1
+            products = re.findall(r"(\d+)\*(\d+)=(\d+)", text)
+            wrong = [int(a) * int(b) != int(c) for a, b, c in products]
+            visible = any(wrong + slips[len(slips) - totals :])
+        assert bool(stage0.step_errors(drawn[-1], text)) == visible, text
+        flagged += visible
+    assert flagged > 500 if slip else flagged == 0
