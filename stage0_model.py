@@ -459,8 +459,8 @@ def response_text(tokenizer, ids):
 # ==================================================================================================
 # 3. The world: problems with many independent parts, and their verifier
 # ==================================================================================================
-# Three kinds.  Of each the base was shown the parts often and the whole seldom, so that it can do the
-# parts and rarely puts them together; a lesson of its own is left to find in each:
+# Three kinds.  Of each the base was shown the parts often and the whole seldom, so that it can do
+# the parts and rarely puts them together; a lesson of its own is left to find in each:
 #   chains     persistence: independent chains of easy operations, most of which are short in the
 #              corpus and long here; compare or add up their ends
 #   sums       care: independent terms of harder operations.  The corpus mostly works a term in the
@@ -606,27 +606,25 @@ def endings(value, rest):
 # How many problems there are of each depth and of each width, ({depth: weight}, {width: weight}):
 # in the base's corpus, at the edge of what it can, where stages 1-3 learn and all are judged, and
 # beyond both (the split `hard`).
+# fmt: off
 RUNGS = {
     "chains": {
-        "corpus": (
-            {3: 22, 4: 30, 5: 24, 6: 14, 7: 4, 8: 3, 9: 2, 10: 1},
-            {1: 5, 2: 30, 3: 30, 4: 20, 5: 8, 6: 4, 7: 2, 8: 1},
-        ),
-        "edge": ({6: 20, 7: 25, 8: 25, 9: 15, 10: 15}, {1: 3, 2: 7, 3: 20, 4: 30, 5: 25, 6: 15}),
-        "beyond": ({12: 2, 14: 1, 16: 1}, {4: 1, 5: 1, 6: 1}),
+        "corpus": ({3: 22, 4: 30, 5: 24, 6: 14, 7: 4, 8: 3, 9: 2, 10: 1}, {1: 5, 2: 30, 3: 30, 4: 20, 5: 8, 6: 4, 7: 2, 8: 1}),
+        "edge":   ({6: 20, 7: 25, 8: 25, 9: 15, 10: 15},                  {1: 3, 2: 7, 3: 20, 4: 30, 5: 25, 6: 15}),
+        "beyond": ({12: 2, 14: 1, 16: 1},                                 {4: 1, 5: 1, 6: 1}),
     },
     "sums": {
-        "corpus": ({1: 20, 2: 40, 3: 34, 4: 4, 5: 2}, {1: 5, 2: 30, 3: 30, 4: 20, 5: 8, 6: 4, 7: 2, 8: 1}),
-        "edge": ({2: 20, 3: 50, 4: 20, 5: 10}, {1: 3, 2: 7, 3: 20, 4: 30, 5: 25, 6: 15}),
-        "beyond": ({6: 2, 7: 1, 8: 1}, {5: 1, 6: 1, 7: 1, 8: 1}),
+        "corpus": ({1: 20, 2: 40, 3: 34, 4: 4, 5: 2},                     {1: 5, 2: 30, 3: 30, 4: 20, 5: 8, 6: 4, 7: 2, 8: 1}),
+        "edge":   ({2: 20, 3: 50, 4: 20, 5: 10},                          {1: 3, 2: 7, 3: 20, 4: 30, 5: 25, 6: 15}),
+        "beyond": ({6: 2, 7: 1, 8: 1},                                    {5: 1, 6: 1, 7: 1, 8: 1}),
     },
-    # other numbers of numbers would need other `endings`
-    "countdown": {
-        "corpus": ({4: 1}, {1: 1, 2: 1}),
-        "edge": ({4: 1}, {1: 1, 2: 1}),
-        "beyond": ({4: 1}, {1: 1}),
+    "countdown": {  # other numbers of numbers would need other `endings`
+        "corpus": ({4: 1},                                                {1: 1, 2: 1}),
+        "edge":   ({4: 1},                                                {1: 1, 2: 1}),
+        "beyond": ({4: 1},                                                {1: 1}),
     },
 }
+# fmt: on
 
 
 def draw_size(rng, weights):
@@ -635,7 +633,7 @@ def draw_size(rng, weights):
 
 
 def draw_chains(rng, depth, width):
-    """'A:12+5*3 B:40-7*2 largest modulo 100?' -> '66': `width` chains of `depth` easy operations."""
+    """`width` chains of `depth` easy operations: 'A:12+5*3 B:40-7*2 largest modulo 100?' -> '66'."""
 
     def draw_op():
         op = rng.choice("++--*")
@@ -646,7 +644,7 @@ def draw_chains(rng, depth, width):
 
 
 def draw_sums(rng, depth, width):
-    """'A:47*8+36 C:52-38*7 total modulo 100?' -> '10': `width` terms of `depth` harder operations."""
+    """`width` terms of `depth` hard operations: 'A:47*8+36 C:52-38*7 total modulo 100?' -> '10'."""
 
     def draw_op():
         op = rng.choice("+-**")
@@ -964,7 +962,7 @@ def step_errors(problem, text):
     Steps and takeaways are read, tagged or plain: chains and totals modulo 100, countdowns exactly;
     what a part is (a step that works another chain than the question's is false, however true its
     equations); what names come to; verdicts.  What looks like an equation and cannot be read is
-    false.  What is not worked out states nothing.
+    false, and so is, by its name, a chain or term that is not worked at all.
 
     'A12+5=17*3=52;a51' of 'A:12+5*3 largest modulo 100?' -> ['17*3=52', 'a51']
     """
@@ -1017,7 +1015,7 @@ def named_errors(problem, pieces):
             errors += [f"{name}{end:02d}" for name, end in ends.items() if known.get(name) != end]
             errors += false_equations(piece)
             known |= ends
-    return errors
+    return errors + [label for label in asked if label.lower() not in known]
 
 
 def countdown_errors(problem, pieces):

@@ -161,8 +161,8 @@ MISTAKES = [
     ("stage0_model.py --out {done} --hidden-size 160", "--hidden-size 160: expected a multiple of 64"),
     ("stage0_model.py --out {done} --valid-share 0.7 --malformed-share 0.7", "more than 1 together"),
     (
-        "stage1_zero.py --init {plain} --out {done} --overlong-buffer 641",
-        "expected at most --max-new-tokens, 640",
+        "stage1_zero.py --init {plain} --out {done} --overlong-buffer 897",
+        "expected at most --max-new-tokens, 896",
     ),
     (
         "stage1_zero.py --init {plain} --out {done} --max-new-tokens 100",

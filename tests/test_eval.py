@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -61,12 +62,12 @@ def test_parts_count_chains_terms_and_first_moves_that_lead_to_the_target():
 
 
 def test_right_and_sound_are_right_answers_without_a_false_step(tokenizer):
-    problem = stage0.Problem("sums", "A:12*4 +B:11*2 total modulo 100?", "70")
+    problem = stage0.Problem("sums", "A:12*4 B:11*2 total modulo 100?", "70")
     sound = r"<step>1:A12*4=48;a48</step><step>2:B11*2=22;b22</step><takeaway>a48+b22=70</takeaway>\boxed{70}"
     texts = [sound, sound.replace("12*4=48;", "12*4=50;"), sound.replace("{70}", "{71}"), r"\boxed{70}"]
     judged = [[judge.judge(problem, rollout(tokenizer, text, 9), tokenizer)] for text in texts]
     m = judge.measure(judged)
-    assert (m["accuracy"], m["right and sound"]) == (0.75, 0.5)
+    assert (m["accuracy"], m["right and sound"]) == (0.75, 0.25)
     assert judged[1][0]["false"] == ["12*4=50", "a48"]
 
 
@@ -79,7 +80,7 @@ def test_a_rung_is_judged_exactly(tmp_path, monkeypatch, plain_tokenizer, capsys
         json.loads(line)["problem"] for line in (tmp_path / "responses.jsonl").read_text().splitlines()
     ]
     assert len(questions) == 3
-    assert all((q.count(";"), q.split(";")[0].count(":")) == (3, 2) for q in questions)
+    assert all((len(re.findall("[-+*]", q)), q.count(":")) == (8, 2) for q in questions)
     shown = capsys.readouterr().out
     assert "3 heldout problems of depth 4 of width 2, " in shown and "right and sound %" in shown
 

@@ -240,7 +240,10 @@ MISTAKES = [
     ("engine.py --init {plain} 1*2", "needs a checkpoint from stage 2 or 3"),
     ("engine.py --init {tagged} 1*2 --max-new-tokens 99999999", "exceed the KV budget"),
     ("eval.py {plain}=upside-down --out {tmp}/o", "unknown mode 'upside-down'"),
-    ("eval.py {plain} --kind sums --depth 9 --out {tmp}/o", "--depth 9: sums has 1, 2, 3; give one of these"),
+    (
+        "eval.py {plain} --kind sums --depth 9 --out {tmp}/o",
+        "--depth 9: sums has 1, 2, 3, 4, 5, 6, 7, 8; give one of these",
+    ),
     ("stage1_zero.py --kind riddles", "invalid choice: 'riddles'"),
     ("stage3_papo.py --learning-rate 1", "unrecognized arguments: --learning-rate"),
     ("stage1_zero.py --init {plain} --device cuda", "no CUDA device is visible"),

@@ -34,23 +34,18 @@ def test_the_corpus_never_holds_a_heldout_or_tune_question():
         assert stage0.split_of(question) == "train"
 
 
-def worked_by_the_question(kind, question):
+def worked_by_the_question(question):
     """The answer of a chains or sums question, by its text alone."""
-    if kind == "sums":  # 'A:37*6 -B:12*4 total ..' -> 37*6 -12*4: our own text, not a model's
-        return eval(re.sub("[A-H]:", "", question.split(" total")[0])) % 100
-    result = None
-    for part in question.removesuffix(" modulo 100?").split("; "):
-        *chains, goal = part.removesuffix(" M").split(" ")
-        ends = []
-        for chain in chains:
-            first, *moves = re.findall("M|[0-9]+|[-+*][0-9]+", chain[2:])
-            value = result if first == "M" else int(first)
-            for move in moves:  # left to right, no precedence
-                n = int(move[1:])
-                value = {"+": value + n, "-": value - n, "*": value * n}[move[0]] % 100
-            ends.append(value)
-        result = {"largest": max, "smallest": min, "total": sum}[goal](ends) % 100
-    return result
+    *chains, goal = question.removesuffix(" modulo 100?").split(" ")
+    ends = []
+    for chain in chains:
+        first, *moves = re.findall("[0-9]+|[-+*][0-9]+", chain[2:])
+        value = int(first)
+        for move in moves:  # left to right, no precedence
+            n = int(move[1:])
+            value = {"+": value + n, "-": value - n, "*": value * n}[move[0]]
+        ends.append(value % 100)
+    return {"largest": max, "smallest": min, "total": sum}[goal](ends) % 100
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,20 +59,17 @@ def test_the_stated_answer_is_right_by_an_independent_calculation(kind, split):
             value, used = evaluate(p.answer)
             assert [value] == target and sorted(used) == given
         else:
-            assert int(p.answer) == worked_by_the_question(kind, p.question)
+            assert int(p.answer) == worked_by_the_question(p.question)
         assert p.verify(f"so \\boxed{{{p.answer}}}")
 
 
 def rung(problem):
     """(depth, width) of a problem, from what its question says; a countdown's width by trying every
     first move and what + and - make of the numbers left, in their order, within 0..99."""
-    if problem.kind == "chains":
-        rounds = problem.question.split(";")
-        return len(rounds), rounds[0].count(":")
-    if problem.kind == "sums":
-        factors = re.findall(r"\*(\d+)", problem.question)
-        assert len({len(factor) for factor in factors}) == 1
-        return len(factors[0]), len(factors)
+    if problem.kind != "countdown":
+        parts = re.findall(r"[A-H]:\d+(\S+)", problem.question)
+        [depth] = {len(re.findall("[-+*]", part)) for part in parts}  # all parts are equally long
+        return depth, len(parts)
     *numbers, target = map(int, re.findall(r"\d+", problem.question))
     leading = 0
     for y, x in itertools.combinations(numbers, 2):
@@ -104,7 +96,7 @@ def test_hard_problems_are_beyond_and_all_others_at_the_edge_unless_a_reach_is_g
     )
     assert make_problems("all", "tune", 9, 0) == make_problems("all", "tune", 9, 0, "edge")
     assert stage0.draw_problems(None, "all", 9, 0) == make_problems("all", "train", 9, 0, "edge")
-    assert stage0.draw_problems(None, "all", 9, 0, "corpus") == make_problems("all", "train", 9, 0, "corpus")
+    assert {rung(p)[0] for p in make_problems("chains", "train", 60, 0, "corpus")} > {3, 4, 5}
 
 
 def test_every_rung_of_any_reach_can_be_asked_for_exactly():
@@ -116,21 +108,22 @@ def test_every_rung_of_any_reach_can_be_asked_for_exactly():
                 assert {rung(p) for p in problems} == {(depth, width)}
                 assert split == "hard" or all(stage0.split_of(p.question) == split for p in problems)
     # one of the two alone: the other is drawn as ever
-    assert {rung(p)[0] for p in make_problems("sums", "tune", 40, 0, depth=3)} == {3}
-    assert len({rung(p)[1] for p in make_problems("sums", "tune", 40, 0, depth=3)}) > 3
+    assert {rung(p)[0] for p in make_problems("sums", "tune", 40, 0, depth=5)} == {5}
+    assert len({rung(p)[1] for p in make_problems("sums", "tune", 40, 0, depth=5)}) > 3
 
 
 @pytest.mark.parametrize(
     "kind, size, message",
     [
-        ("all", {"depth": 2}, "--depth 2: countdown has 4; give one of these, or another --kind"),
+        ("all", {"depth": 2}, "--depth 2: chains has 3, 4, 5"),
+        ("countdown", {"depth": 2}, "--depth 2: countdown has 4; give one of these, or another --kind"),
         ("chains", {"depth": 4, "width": -1}, "--width -1: chains has 1, 2, 3, 4, 5, 6, 7, 8"),
-        ("sums", {"depth": 1, "width": 1}, "sums/heldout has no 400 distinct problems"),
+        ("sums", {"depth": 1, "width": 1}, "sums/heldout has no 40000 distinct problems"),
     ],
 )
 def test_a_rung_that_is_not_there_or_too_small_is_refused_by_name(kind, size, message):
     with pytest.raises(stage0.UserError, match=message):
-        make_problems(kind, "heldout", 400, 0, **size)
+        make_problems(kind, "heldout", 40000, 0, **size)
 
 
 def test_a_countdown_tries_distinct_first_moves_and_stops_at_the_block_that_hits():
@@ -217,17 +210,15 @@ def test_small_readers_do_what_their_docstrings_say():
 
 def test_every_kind_is_worked_out_as_its_docstring_says():
     rng = random.Random(0)
-    assert stage0.add_up([("+", "a", 51), ("-", "b", 66)], rng, 0.0) == ("a51-b66=85", 85)
-    first = (["A", "B"], [(12, [("+", 5), ("*", 3)]), (40, [("-", 7), ("*", 2)])], "largest")
-    second = (["C"], [("M", [("+", 2), ("*", 2)])], "smallest")
-    rounds, answer = stage0.work_out_chains({"rounds": [first, second]}, rng, 0.0)
-    assert rounds[0] == (["A", "B"], ["A12+5=17*3=51;a51", "B40-7=33*2=66;b66"], "a51b66;M66")
-    assert (rounds[1], answer) == ((["C"], ["C66+2=68*2=36;c36"], "c36;M36"), "36")
-
-    sums = {"labels": ["A", "B"], "terms": [("+", 47, 83), ("-", 12, 4)]}
-    for written_share, step in ((0, "A47*83=3901;a01"), (1, "A47*83=47*80+47*3=3760+141=3901;a01")):
-        [(_, steps, takeaway)], answer = stage0.work_out_sums(sums, rng, 0.0, written_share)
-        assert (steps, takeaway, answer) == ([step, "B12*4=48;b48"], "a01-b48=53", "53")
+    ends = [("a", 51), ("b", 66), ("c", 90)]
+    assert stage0.add_up(ends, rng, 0.0) == ("a51+b66=17+c90=07", 7)
+    chains = [(12, [("+", 5), ("*", 3)]), (40, [("-", 7), ("*", 2)])]
+    largest = {"labels": ["A", "B"], "chains": chains, "goal": "largest"}
+    written = (["A", "B"], ["A12+5=17*3=51;a51", "B40-7=33*2=66;b66"], "a51b66")
+    assert stage0.work_out_named(largest, rng, 0.0, in_writing=True) == ([written], "66")
+    in_the_head = (["A", "B"], ["A12+5*3=51;a51", "B40-7*2=66;b66"], "a51+b66=17")
+    total = largest | {"goal": "total"}
+    assert stage0.work_out_named(total, rng, 0.0, in_writing=False) == ([in_the_head], "17")
     tried = stage0.try_move(22, "*", 2, [7, 9], 42, rng, 0.0)
     assert tried == ("22*2=44;+7=51+9=60/42n-9=42/42y;y(22*2)+7-9", "(22*2)+7-9")
 
@@ -249,20 +240,10 @@ def test_tokenizer_round_trips_any_text_and_splits_digits(plain_tokenizer):
     assert prompt == f"{system}{user}<|im_start|>assistant\n"
 
 
-CHAINS = stage0.Problem(
-    "chains",
-    "A:12+5*3 B:40-7*2 largest M; C:M+2*2 total modulo 100?",
-    "36",
-    {
-        "rounds": [
-            (["A", "B"], [(12, [("+", 5), ("*", 3)]), (40, [("-", 7), ("*", 2)])], "largest"),
-            (["C"], [("M", [("+", 2), ("*", 2)])], "total"),
-        ]
-    },
-)
-FIRST, SECOND = "A12+5=17*3=51;a51 B40-7=33*2=66;b66 a51b66;M66", "C66+2=68*2=36;c36 c36;M36"
-SUMS = stage0.Problem("sums", "A:47*83 -B:12*4 total modulo 100?", "53", {})
-LINE = "A47*83=47*80+47*3=3760+141=3901;a01 B12*4=48;b48 a01-b48=53"
+CHAINS = stage0.Problem("chains", "A:12+5*3 B:40-7*2 largest modulo 100?", "66")
+LINE = "A12+5=17*3=51;a51 B40-7=33*2=66;b66 a51b66"
+SUMS = stage0.Problem("sums", "A:47*8+36 C:52-38*7 total modulo 100?", "10")
+TERMS = "A47*8=76+36=12;a12 C52-38=14*7=98;c98 a12+c98=10"
 COUNTDOWN = stage0.Problem("countdown", "2 7 9 22 make 42?", "", {"numbers": [2, 7, 9, 22], "target": 42})
 HIT = "22*2=44;+7=51+9=60/42n-9=42/42y;y(22*2)+7-9 (22*2)+7-9"
 MISS = "9-7=2;+2=4+22=26/42n;-2=0+22=22/42n;n none"
@@ -271,27 +252,20 @@ MISS = "9-7=2;+2=4+22=26/42n;-2=0+22=22/42n;n none"
 @pytest.mark.parametrize(
     "problem, text, change, false",
     [
-        (CHAINS, f"{FIRST} {SECOND}", {}, []),
-        (CHAINS, f"{FIRST} {SECOND}", {"*3=51": "*3=52"}, ["17*3=52", "a51"]),  # the end belies the line
-        (CHAINS, f"{FIRST} {SECOND}", {"*2=36": "*2=136"}, []),  # modulo 100
-        (CHAINS, FIRST, {"A12+5=17*3=51": "A12+5=17*2=34", "a51": "a34"}, ["A12+5*2"]),  # true, not asked
-        (
-            CHAINS,
-            f"{FIRST} {SECOND}",
-            {"C66": "C51", "=68*2=36": "=53*2=06", "c36": "c06", "M36": "M06"},
-            ["C51+2*2"],
-        ),
-        (CHAINS, FIRST, {"M66": "M51"}, ["M51"]),  # the smallest
-        (CHAINS, FIRST, {"a51b66": "b66"}, ["M66"]),  # of B alone: A was never compared
-        (CHAINS, FIRST, {"a51b66": "a51b65"}, ["b65", "M66"]),
-        (CHAINS, FIRST, {"=17*3": "=17*3*"}, ["17*3*=51", "A12+5*3*"]),
-        (CHAINS, FIRST, {"12+5=17": "12+5==17"}, ["12+5=", "=17", "A12+5=*3"]),
-        (SUMS, LINE, {}, []),
-        (SUMS, LINE, {"=47*80+47*3=3760+141": ""}, []),  # in the head
-        (SUMS, LINE, {"3760+141": "3750+151"}, ["47*80=3750", "47*3=151"]),  # two mistakes, the sum is right
-        (SUMS, LINE, {"=3901;a01": "=4001;a01"}, ["3760+141=4001"]),  # products are exact
-        (SUMS, LINE, {"=53": "=63"}, ["1-48=63"]),
-        (SUMS, LINE, {"B12*4=48": "B12*3=36", "b48": "b36", "=53": "=65"}, ["B12*3"]),
+        (CHAINS, LINE, {}, []),
+        (CHAINS, LINE, {"*3=51": "*3=52"}, ["17*3=52", "a51"]),  # the end belies the line
+        (CHAINS, LINE, {"=66;": "=166;"}, []),  # modulo 100
+        (CHAINS, LINE, {"A12+5=17*3=51": "A12+5=17*2=34", "a51": "a34"}, ["A12+5*2"]),  # true, not asked
+        (CHAINS, LINE, {"a51b66": "a51b65"}, ["b65"]),
+        (CHAINS, LINE, {" B40-7=33*2=66;b66": "", "b66": ""}, ["B"]),  # never worked
+        (CHAINS, LINE, {"=17*3": "=17*3*"}, ["17*3*=51", "A12+5*3*"]),
+        (CHAINS, LINE, {"12+5=17": "12+5==17"}, ["12+5=", "=17", "A12+5=*3"]),
+        (SUMS, TERMS, {}, []),
+        (SUMS, TERMS, {"=76": ""}, []),  # in the head, from left to right
+        (SUMS, TERMS, {"=76+36=12;a12": "+36=22;a12"}, ["47*8+36=22", "a12"]),
+        (SUMS, TERMS, {"=76+36": "=86+36"}, ["47*8=86", "86+36=12"]),
+        (SUMS, TERMS, {"c98=10": "c98=20"}, ["12+98=20"]),
+        (SUMS, TERMS, {"C52": "C51", "=14": "=13", "=98": "=91", "c98": "c91", "=10": "=03"}, ["C51-38*7"]),
         (COUNTDOWN, f"{MISS} {HIT}", {}, []),
         (COUNTDOWN, HIT, {"=44": "=45"}, ["22*2=45", "45+7=51"]),
         (COUNTDOWN, HIT, {"+9=60": "+9=61"}, ["51+9=61/42n"]),
@@ -302,7 +276,7 @@ MISS = "9-7=2;+2=4+22=26/42n;-2=0+22=22/42n;n none"
         (COUNTDOWN, MISS, {"+22=26": "+21=25"}, ["4+21=25/42n"]),  # 21 is not given
         (COUNTDOWN, MISS, {"4+22=26/42n": "4+22=26/42"}, ["+2=4+22=26/42"]),
         (stage0.Problem("math", "q", "9"), "1+1=3 \\boxed{9}", {}, []),
-        (SUMS, "\\boxed{53}", {}, []),  # what is not worked out states nothing
+        (SUMS, "\\boxed{10}", {}, ["A", "C"]),  # right by luck
         (CHAINS, "A" + "9" * 5000 + "=1", {}, None),
         (COUNTDOWN, "9" * 5000 + "=1", {}, None),
     ],
@@ -319,8 +293,8 @@ def test_every_false_statement_of_a_response_is_found_and_no_other(problem, text
 
 @pytest.mark.parametrize("slip", [0.0, 0.3])
 def test_the_corpus_documents_with_false_statements_are_those_whose_slips_show(monkeypatch, slip):
-    """A slip shows when it changes a result that is written; only products in the head are not, and of
-    them the whole is."""
+    """A slip shows when it changes a result that is written; only terms in the head are not, and of
+    them the end is."""
     drawn = []
     slips = []
     slipped, draw_problem = stage0.slipped, stage0.draw_problem
@@ -342,11 +316,17 @@ def test_the_corpus_documents_with_false_statements_are_those_whose_slips_show(m
     for _ in range(600):
         _, _, text = stage0.corpus_document(rng, slip, 0.45, 0.15)
         visible = any(slips)
-        if drawn[-1].kind == "sums" and not re.search(r"=\d+\*", text):  # in the head
-            totals = len(drawn[-1].parts["terms"]) - 1
-            products = re.findall(r"(\d+)\*(\d+)=(\d+)", text)
-            wrong = [int(a) * int(b) != int(c) for a, b, c in products]
-            visible = any(wrong + slips[len(slips) - totals :])
+        if drawn[-1].kind == "sums" and "=" in text and not re.search(r"=\d+[-+*]\d", text):  # in the head
+            totals = len(drawn[-1].parts["labels"]) - 1
+            terms = re.findall(r"(\d+)((?:[-+*]\d+)+)=(\d+)", text)
+            visible = any(slips[len(slips) - totals :])
+            for first, ops, end in terms:
+                value = int(first)
+                for op, operand in re.findall(r"([-+*])(\d+)", ops):
+                    value = {"+": value + int(operand), "-": value - int(operand), "*": value * int(operand)}[
+                        op
+                    ]
+                visible = visible or (value - int(end)) % 100 != 0
         assert bool(stage0.step_errors(drawn[-1], text)) == visible, text
         flagged += visible
     assert flagged > 500 if slip else flagged == 0
