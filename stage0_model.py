@@ -633,7 +633,7 @@ def draw_size(rng, weights):
 
 
 def draw_chains(rng, depth, width):
-    """`width` chains of `depth` easy operations: 'A:12+5*3 B:40-7*2 largest modulo 100?' -> '66'."""
+    """`width` chains of `depth` easy moves: 'A:12+5*3 B:40-7*2 largest modulo 100?' -> '66'."""
 
     def draw_op():
         op = rng.choice("++--*")
@@ -644,7 +644,7 @@ def draw_chains(rng, depth, width):
 
 
 def draw_sums(rng, depth, width):
-    """`width` terms of `depth` hard operations: 'A:47*8+36 C:52-38*7 total modulo 100?' -> '10'."""
+    """`width` terms of `depth` hard moves: 'A:47*8+36 C:52-38*7 total modulo 100?' -> '10'."""
 
     def draw_op():
         op = rng.choice("+-**")

@@ -137,12 +137,13 @@ def test_no_line_is_too_long_to_read(sources):
 
 
 def not_an_argument(source):
-    """Statements between `# fmt: off` and `# fmt: on` other than a table `ARGUMENTS = (..)`."""
+    """Statements between `# fmt: off` and `# fmt: on` other than the tables `ARGUMENTS`, `RUNGS`."""
     violations = []
     for node in source.nodes(ast.stmt):
-        table = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "ARGUMENTS"
+        name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
+        table = name in ("ARGUMENTS", "RUNGS")
         if node.lineno in source.tables and not table:
-            violations.append(source.at(node.lineno, "formatted by hand, and no argument table"))
+            violations.append(source.at(node.lineno, "formatted by hand, and no table"))
     return violations
 
 
@@ -150,7 +151,7 @@ def test_the_rule_for_tables_lets_arguments_through_and_nothing_else():
     text = "# fmt: off\nARGUMENTS = (\n    ('--a', int, 1, 'b'),\n)\n{}\n# fmt: on\nx = 2\n"
     assert not_an_argument(sample(text.format(""))) == []
     other = not_an_argument(sample(text.format("x   = 1")))
-    assert other == ["sample.py:5: formatted by hand, and no argument table"]
+    assert other == ["sample.py:5: formatted by hand, and no table"]
 
 
 def test_only_argument_tables_are_formatted_by_hand(sources):
