@@ -115,13 +115,13 @@ smoke-weights: $(WEIGHTS)/$(DONE)
 # ---- the studies of README's "Measured" ----
 
 # OMP_NUM_THREADS=1 make -j2 seeds runs both at once, on one core each
-seeds: $(OUT)/eval.json $(OUT)/seed1/eval.json $(OUT)/seed2/eval.json
-	$(PY) docs/figures.py summary $(OUT) $(OUT)/seed1 $(OUT)/seed2
+SEEDS := 1 2 3 4
+seeds: $(OUT)/eval.json $(SEEDS:%=$(OUT)/seed%/eval.json)
 
-$(OUT)/seed1/eval.json $(OUT)/seed2/eval.json: $(OUT)/seed%/eval.json: $(OUT)/stage0/$(DONE)
+$(SEEDS:%=$(OUT)/seed%/eval.json): $(OUT)/seed%/eval.json: $(OUT)/stage0/$(DONE)
 	mkdir -p $(@D) && ln -sfn ../stage0 $(@D)/stage0
 	$(MAKE) OUT=$(@D) STAGE1="$(STAGE1) --seed $*" STAGE2="$(STAGE2) --seed $*" STAGE3="$(STAGE3) --seed $*" $(@D)/stage3/$(DONE)
-	$(RUN) eval.py $(@D)/stage1 $(@D)/stage2 $(@D)/stage3 --out $(@D) --greedy 3 --timed 0 $(EVAL)
+	$(RUN) eval.py $(@D)/stage1 $(@D)/stage2 $(@D)/stage3 --out $(@D) --timed 0 $(EVAL)
 
 $(OUT)/stage2_seq/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage2_beta.py --sequential --init $(OUT)/stage1 --data $(OUT)/stage2/data --out $(OUT)/stage2_seq $(STAGE2)
@@ -137,7 +137,7 @@ twins: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 
 # an interrupt deletes no target: what has its name is whole, it came by rename
 .PRECIOUS: $(patsubst %,$(OUT)/%/$(DONE),stage0 stage1 stage2 stage3 stage2_seq stage3_seq) \
-  $(OUT)/eval.json $(OUT)/seed1/eval.json $(OUT)/seed2/eval.json $(OUT)/ablations/%/$(DONE)
+  $(OUT)/eval.json $(SEEDS:%=$(OUT)/seed%/eval.json) $(OUT)/ablations/%/$(DONE)
 
 ABLATIONS := papo group-std schema-filter clip-updates count-forced
 ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))
@@ -146,10 +146,55 @@ ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))
 $(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --steps 16 $(if $(filter-out papo,$*),--$*) $(if $(filter clip-updates,$*),3)
 
+# ---- evidence: every run and judgement behind docs/results.md, each resumable ----
+
+E := $(OUT)/evidence
+evidence: seeds $(E)/best/eval.json $(E)/controls/eval.json $(E)/votes/eval.json $(E)/path/eval.json ladder
+	$(PY) docs/evidence.py $(OUT)
+
+# which temperature suits whom, on `tune`; then held out, each at its own best
+TEMPERATURES := 0.2 0.4 0.6 0.8 1.0 1.2
+$(E)/temperature/%/eval.json: $(OUT)/stage3/$(DONE)
+	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage2 $(OUT)/stage3 --split tune --n 300 --temperature $* --greedy 1 --timed 0 --out $(@D)
+
+$(E)/best/eval.json: $(TEMPERATURES:%=$(E)/temperature/%/eval.json)
+	for stage in stage0 stage2; do \
+	  $(RUN) eval.py $(OUT)/$$stage --temperature $$($(PY) docs/evidence.py $(OUT) --best $$stage) --greedy 1 --timed 0 --out $(@D) || exit; done
+
+# the same rollouts and updates with rewards that say nothing of answers; as many samples, imitated
+$(OUT)/random/$(DONE) $(OUT)/format/$(DONE): $(OUT)/%/$(DONE): $(OUT)/stage2/$(DONE)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --reward $* $(STAGE3)
+
+$(OUT)/rejection/$(DONE): $(OUT)/stage2/$(DONE)
+	$(RUN) stage2_beta.py --init $(OUT)/stage2 --out $(@D) --problems 960 --samples 12 --keep 2 $(STAGE2)
+
+CONTROLS := stage3 random format rejection stage3_seq
+$(E)/controls/eval.json: $(CONTROLS:%=$(OUT)/%/$(DONE))
+	$(RUN) eval.py $(CONTROLS:%=$(OUT)/%) --greedy 1002 --timed 0 --out $(@D)
+
+# majority votes at NPR's cost
+$(E)/votes/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
+	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage3_seq $(OUT)/stage3 --k 8 --n 501 --greedy 1 --timed 0 --out $(@D)
+
+# a reward for short critical paths
+WEIGHTS_OF_PATH := 0.25 0.5 1 2
+$(OUT)/path-%/$(DONE): $(OUT)/stage2/$(DONE)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --path-weight $* $(STAGE3)
+
+$(E)/path/eval.json: $(OUT)/stage3/$(DONE) $(WEIGHTS_OF_PATH:%=$(OUT)/path-%/$(DONE))
+	$(RUN) eval.py $(OUT)/stage3 $(WEIGHTS_OF_PATH:%=$(OUT)/path-%) --greedy 1002 --timed 0 --out $(@D)
+
+# rung by rung, from what the corpus shows seldom to what it never shows
+LADDER := chains-8 chains-10 chains-12 chains-14 chains-16 sums-3 sums-5 sums-6 sums-7 sums-8
+ladder: $(LADDER:%=$(E)/ladder/%/eval.json)
+$(E)/ladder/%/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
+	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 $(OUT)/stage3_seq --out $(@D) --timed 0 \
+	  --kind $(firstword $(subst -, ,$*)) --depth $(lastword $(subst -, ,$*)) --width 4 --n 50 --k 64 --max-new-tokens 1280
+
 curves:
 	$(PY) docs/figures.py curves $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 $(wildcard $(OUT)/seed*/stage[123]) --out assets/curves.png
 
 clean:
 	rm -rf out
 
-.PHONY: all check lint test faults diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations curves clean
+.PHONY: all check lint test faults diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations evidence ladder curves clean

@@ -328,6 +328,7 @@ def judge_checkpoint(path, mode, problems, args, device):
 
     # What parallel thought can do differs by kind of problem, so each is measured by itself too.
     flat = sum(judged, [])  # the rows of all problems
+    best, best_ci = mean_and_ci([[row["right"] for row in rows] for rows in greedy])
     result = {
         "checkpoint": path,
         "mode": mode,
@@ -335,9 +336,11 @@ def judge_checkpoint(path, mode, problems, args, device):
         "tokens/s": sum(row["tokens"] for row in flat) / sum(row["seconds"] for row in flat),
         "kinds": {
             kind: measure([rows for rows in judged if rows[0]["kind"] == kind])
+            | {"greedy": np.mean([row["right"] for [row] in greedy if row["kind"] == kind] or [np.nan])}
             for kind in dict.fromkeys(p.kind for p in problems)
         },
-        "greedy": measure(greedy)["accuracy"],
+        "greedy": best,
+        "greedy ci95": best_ci,
         "logprob gap": max(row["logprob_gap"] for row in flat),
     }
 
@@ -390,7 +393,7 @@ def main_row(result, k):
         **({"best@k %": "{best@k:.1%}", "majority@k %": "{majority@k:.1%}"} if k > 1 else {}),
         "minus row above": "-" if first else "{minus row above[0]:+.1%} ±{minus row above[1]:.1%}",
         "minus first row": "-" if first else "{minus first row[0]:+.1%} ±{minus first row[1]:.1%}",
-        "greedy %": "{greedy:.1%}",
+        "greedy %": "{greedy:.1%} ±{greedy ci95:.1%}",
         "valid %": "{valid:.1%}",
         "parallel %": "{parallel:.1%}",
         "plans": "{plans:.1f}",
@@ -413,6 +416,7 @@ def kinds_row(result):
             measured,
             {
                 f"{kind} acc %": "{accuracy:.1%} ±{accuracy ci95:.1%}",
+                f"{kind} greedy %": "{greedy:.1%}",
                 f"{kind} sound %": "{right and sound:.1%}",  # right, and nothing false on the way
                 f"{kind} valid %": "{valid:.1%}",
                 f"{kind} tok/path": "{tokens/path:.2f}",

@@ -1,0 +1,336 @@
+"""What the project claims about learning, as docs/results.md, from what the judge has kept.
+
+    make evidence                      # every run and judgement below, then this
+    python docs/evidence.py out        # the page anew, from what is there
+
+Nothing is trained or decoded here: each table is made from judged responses, one line each, that
+eval.py left in folders of `out`.  What has not been run yet is left out, and said so.
+Intervals are 95 %, normal, over problems; differences are paired, problem by problem; where there
+are several seeds, a problem counts with the mean of its seeds.
+"""
+
+import argparse
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the six files lie one folder up
+
+from eval import mean_and_ci, pass_at  # noqa: E402
+from stage0_model import KINDS, last_boxed, read_jsonl, run_main, write_text  # noqa: E402
+
+# ==================================================================================================
+# 1. Judged responses
+# ==================================================================================================
+
+
+def judged(folder, name="heldout"):
+    """{(checkpoint, mode): {problem: [row, ..]}} of one evaluation's set of problems.
+
+    checkpoint is the last part of its path; rows are as of `eval.judge`; {} where nothing was judged.
+    """
+    found = {}
+    for file in sorted((Path(folder) / name).glob("*.jsonl")):
+        path, _, mode = unquote(file.stem).rpartition("=")
+        problems = defaultdict(list)
+        for row in read_jsonl(file)[1:]:  # the first line holds the settings
+            problems[row["problem"]].append(row)
+        found[Path(path).name, mode] = problems
+    return found
+
+
+def right(row):
+    return row["right"]
+
+
+def sound(row):
+    """Right, and nothing false on the way."""
+    return row["right"] and not row["false"]
+
+
+def values(problems, of=right, kind=None):
+    """{problem: mean of `of` over its rows}, of one kind or of all."""
+    return {
+        problem: float(np.mean([of(row) for row in rows]))
+        for problem, rows in problems.items()
+        if kind is None or rows[0]["kind"] == kind
+    }
+
+
+def over_seeds(runs, **which):
+    """{problem: mean over seeds} of the `values` of several runs on the same problems."""
+    each = [values(run, **which) for run in runs]
+    return {problem: float(np.mean([run[problem] for run in each])) for problem in each[0]}
+
+
+def percent(by_problem):
+    """'87.1 ±2.0'"""
+    mean, interval = mean_and_ci([[value] for value in by_problem.values()])
+    return f"{100 * mean:.1f} ±{100 * interval:.1f}"
+
+
+def difference(a, b):
+    """'+12.3 ±3.1': a minus b, paired over the problems that both have answered."""
+    common = [problem for problem in a if problem in b]
+    mean, interval = mean_and_ci([[a[problem] - b[problem]] for problem in common])
+    return f"{100 * mean:+.1f} ±{100 * interval:.1f}"
+
+
+def markdown(rows):
+    """Rows of {column: text} as a table of markdown."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ==================================================================================================
+# 2. The tables
+# ==================================================================================================
+
+STAGES = {
+    ("stage0", "plain"): "base, asked plainly",
+    ("stage0", "format"): "base, asked for the format",
+    ("stage1", "format"): "stage 1, NPR-ZERO",
+    ("stage2", "parallel"): "stage 2, NPR-BETA",
+    ("stage3", "parallel"): "stage 3, NPR",
+}
+BASE, BETA, NPR = ("stage0", "plain"), ("stage2", "parallel"), ("stage3", "parallel")
+
+
+def seeds_of(out):
+    """Judgements of the same problems with stages 1-3 of each seed, as ([sampled ..], [greedy ..])."""
+    folders = [out, *sorted(out.glob("seed*"))]
+    folders = [folder for folder in folders if (folder / "eval.json").is_file()]
+    return [judged(f) for f in folders], [judged(f, "heldout-greedy") for f in folders]
+
+
+def stages_table(out):
+    """Every checkpoint, the mean over seeds, and what it has gained over the base, greedily."""
+    sampled, greedy = seeds_of(out)
+    base = over_seeds([greedy[0][BASE]])
+    rows = []
+    for name, label in STAGES.items():
+        runs = [run[name] for run in sampled if name in run]
+        best = [run[name] for run in greedy if name in run]
+        flat = [row for run in runs for rows_of in run.values() for row in rows_of]
+        mean = {key: np.mean([row[key] for row in flat]) for key in ("valid", "tokens", "critical_path")}
+        several = np.mean([row["branches"] >= 2 for row in flat if (row["parts"] or 2) >= 2])
+        each = [100 * np.mean(list(values(run).values())) for run in best]
+        rows.append(
+            {
+                "checkpoint": label,
+                "seeds": len(runs),
+                "greedy %": percent(over_seeds(best)),
+                "range of seeds": f"{min(each):.1f} to {max(each):.1f}",
+                "greedy minus base": "-" if name == BASE else difference(over_seeds(best), base),
+                "at temperature 1 %": percent(over_seeds(runs)),
+                "right and sound %": percent(over_seeds(best, of=sound)),
+                "valid %": f"{100 * mean['valid']:.1f}",
+                "parallel %, of 2 parts or more": f"{100 * several:.1f}" if name[1] == "parallel" else "-",
+                "tokens": f"{mean['tokens']:.0f}",
+                "critical path": f"{mean['critical_path']:.0f}",
+                "tokens/path": f"{mean['tokens'] / mean['critical_path']:.2f}",
+            }
+        )
+    return markdown(rows)
+
+
+def kinds_table(out):
+    """The same by kind of problem, greedily."""
+    _, greedy = seeds_of(out)
+    rows = []
+    for name, label in STAGES.items():
+        runs = [run[name] for run in greedy if name in run]
+        row = {"checkpoint": label}
+        for kind in KINDS:
+            best = over_seeds(runs, kind=kind)
+            gain = difference(best, values(greedy[0][BASE], kind=kind))
+            row[f"{kind} %"] = percent(best)
+            row[f"{kind} minus base"] = "-" if name == BASE else gain
+        rows.append(row)
+    return markdown(rows)
+
+
+def temperatures_table(out):
+    """Each at every temperature on `tune`; then NPR at 1 against the others' best, held out."""
+    found = temperatures(out)
+    rows = []
+    for name in (BASE, BETA, NPR):
+        row = {"checkpoint": STAGES[name]}
+        row |= {f"T = {t:g}": percent(found[name][t]) for t in sorted(found[name])}
+        rows.append(row)
+    text = markdown(rows)
+
+    # The best of each by those problems, on held-out ones.
+    sampled, _ = seeds_of(out)
+    for name, there in judged(out / "evidence/best").items():
+        against = difference(values(sampled[0][NPR]), values(there))
+        text += f"\n\nHeld out, NPR at temperature 1 minus {STAGES[name]} at its best, "
+        text += f"{best_temperature(found, name):g}: {against} points (seed 0)."
+    return text
+
+
+def temperatures(out):
+    """{(checkpoint, mode): {temperature: {problem: value}}} on `tune`."""
+    found = {}
+    for folder in (out / "evidence/temperature").glob("*"):
+        for name, problems in judged(folder, "tune").items():
+            found.setdefault(name, {})[float(folder.name)] = values(problems)
+    return found
+
+
+def best_temperature(found, name):
+    """The temperature at which a checkpoint answers most problems of `tune`."""
+    return max(found[name], key=lambda t: np.mean(list(found[name][t].values())))
+
+
+def ladder_table(out):
+    """Accuracy and unbiased pass@k by rung."""
+    rows = []
+    for folder in sorted((out / "evidence/ladder").glob("*"), key=lambda f: (f.name[0], len(f.name), f.name)):
+        greedy = judged(folder, "heldout-greedy")
+        for name, problems in judged(folder).items():
+            n = len(next(iter(problems.values())))
+            row = {"rung": folder.name, "checkpoint": STAGES.get(name, "SR, sequentially")}
+            row["greedy %"] = percent(values(greedy[name]))
+            for k in (1, 4, 16, 64):
+                if k <= n:
+                    passed = {q: pass_at(n, sum(map(right, each)), k) for q, each in problems.items()}
+                    row[f"pass@{k} %"] = percent(passed)
+            rows.append(row)
+    return markdown(rows)
+
+
+CONTROLS = {
+    "random": "random reward (`--reward random`)",
+    "format": "format reward alone (`--reward format`)",
+    "rejection": "continued rejection fine-tuning from BETA",
+    "stage3_seq": "stage 3 sequentially (SR)",
+}
+
+
+def controls_table(out):
+    """What NPR is better than: the same rollouts and updates, another reward or another way."""
+    folder = out / "evidence/controls"
+    sampled, greedy = judged(folder), judged(folder, "heldout-greedy")
+    rows = []
+    for name, label in {"stage3": "NPR", **CONTROLS}.items():
+        key = next((key for key in sampled if key[0] == name), None)
+        if key:
+            ours = values(sampled[NPR]), values(greedy[NPR])
+            theirs = values(sampled[key]), values(greedy[key])
+            row = {"run": label, "at temperature 1 %": percent(theirs[0]), "greedy %": percent(theirs[1])}
+            row["NPR minus it, at 1"] = "-" if key == NPR else difference(ours[0], theirs[0])
+            row["NPR minus it, greedily"] = "-" if key == NPR else difference(ours[1], theirs[1])
+            rows.append(row)
+    return markdown(rows)
+
+
+def majority_of(rows, k):
+    """Is the commonest answer among the first k rows a right one?  A tie goes to the earlier."""
+    answers = [last_boxed(row["response"]) for row in rows[:k]]
+    [(best, _)] = Counter(answers).most_common(1)
+    return rows[answers.index(best)]["right"]
+
+
+def equal_cost_table(out):
+    """Majority votes that cost as many tokens as NPR's answers, or whose tokens, drawn side by side,
+    take as long as its critical path.
+    """
+    runs = judged(out / "evidence/votes")
+    npr = runs[NPR]
+    flat = [row for rows in npr.values() for row in rows]
+    tokens = np.mean([row["tokens"] for row in flat])
+    path = np.mean([row["critical_path"] for row in flat])
+    rows = []
+    for name, problems in runs.items():
+        mine = [row for each in problems.values() for row in each]
+        length = np.mean([row["tokens"] for row in mine])
+        for k in (1, 2, 4, 8, 16):
+            if k <= len(next(iter(problems.values()))):
+                voted = {q: float(majority_of(each, k)) for q, each in problems.items()}
+                rows.append(
+                    {
+                        "checkpoint": STAGES.get(name, "SR, sequentially"),
+                        "votes": k,
+                        "accuracy %": percent(voted),
+                        "tokens": f"{k * length:.0f}",
+                        "tokens / NPR's": f"{k * length / tokens:.2f}",
+                        "longest path": f"{np.mean([row['critical_path'] for row in mine]):.0f}",
+                        "path / NPR's": f"{np.mean([row['critical_path'] for row in mine]) / path:.2f}",
+                    }
+                )
+    return markdown(rows)
+
+
+def path_table(out):
+    """What a reward for a short critical path buys, by its weight, greedily."""
+    folder = out / "evidence/path"
+    greedy = judged(folder, "heldout-greedy")
+    rows = []
+    for (name, mode), problems in sorted(greedy.items(), key=lambda item: weight_of(item[0][0])):
+        row = {"w": f"{weight_of(name):g}", "accuracy %": percent(values(problems))}
+        row["minus w = 0"] = difference(values(problems), values(greedy[NPR]))
+        for kind in KINDS:
+            of_kind = [each[0] for each in problems.values() if each[0]["kind"] == kind]
+            row[f"{kind}: critical path"] = f"{np.mean([r['critical_path'] for r in of_kind]):.0f}"
+            plans = sum(r["plans"] for r in of_kind) / max(1, sum(r["blocks"] for r in of_kind))
+            row[f"{kind}: plans a block"] = f"{plans:.2f}"
+        serial = [
+            each[0] for each in problems.values() if each[0]["parts"] == 1 and each[0]["kind"] != "countdown"
+        ]
+        row["one part: forked %"] = f"{100 * np.mean([r['branches'] >= 2 for r in serial]):.1f}"
+        rows.append(row)
+    return markdown(rows)
+
+
+def weight_of(name):
+    """'path-0.5' -> 0.5; 'stage3', trained without -> 0.0."""
+    return float(name.removeprefix("path-")) if name.startswith("path-") else 0.0
+
+
+# ==================================================================================================
+# 3. The page
+# ==================================================================================================
+
+# {name of a table: (what makes it, the file or folder that it needs)}
+TABLES = {
+    "stages": (stages_table, "eval.json"),
+    "kinds": (kinds_table, "eval.json"),
+    "temperatures": (temperatures_table, "evidence/temperature"),
+    "ladder": (ladder_table, "evidence/ladder"),
+    "controls": (controls_table, "evidence/controls"),
+    "votes": (equal_cost_table, "evidence/votes"),
+    "path": (path_table, "evidence/path"),
+}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("out", nargs="?", default="out", type=Path, help="where the stages and judgements lie")
+    p.add_argument("--page", default="docs/results.md", help="file whose tables are made anew")
+    p.add_argument("--best", default="", help="print the best temperature of this stage, on `tune`")
+    args = p.parse_args()
+    if args.best:
+        found = temperatures(args.out)
+        print(best_temperature(found, next(name for name in found if name[0] == args.best)))
+        return
+
+    # Only what stands between <!-- name --> and <!-- /name --> is written: the prose is by hand.
+    page = Path(args.page).read_text("utf-8")
+    for name, (make, needs) in TABLES.items():
+        opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if not (args.out / needs).exists():
+            print(f"{name}: left as it was, {args.out / needs} is not there")
+            continue
+        before, _, rest = page.partition(opening)
+        _, _, after = rest.partition(closing)
+        page = f"{before}{opening}\n{make(args.out)}\n\n{closing}{after}"
+        print(f"{name}: made from {args.out / needs}")
+    write_text(args.page, page)
+
+
+if __name__ == "__main__":
+    run_main(main)
