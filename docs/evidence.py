@@ -310,7 +310,7 @@ TABLES = {
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("out", nargs="?", default="out", type=Path, help="where the stages and judgements lie")
-    p.add_argument("--page", default="docs/results.md", help="file whose tables are made anew")
+    p.add_argument("--page", default="docs/results.md", type=Path, help="file whose tables are made anew")
     p.add_argument("--best", default="", help="print the best temperature of this stage, on `tune`")
     args = p.parse_args()
     if args.best:
@@ -319,7 +319,7 @@ def main():
         return
 
     # Only what stands between <!-- name --> and <!-- /name --> is written: the prose is by hand.
-    page = Path(args.page).read_text("utf-8")
+    page = args.page.read_text("utf-8")
     for name, (make, needs) in TABLES.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if not (args.out / needs).exists():

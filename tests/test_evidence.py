@@ -1,0 +1,107 @@
+"""The tables of docs/results.md are what the judged responses say."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))
+import evidence
+
+
+def keep(folder, checkpoint, mode, rows, name="heldout"):
+    """Rows as eval.py keeps them: a line of settings, then one line each."""
+    file = folder / name / f"{checkpoint.replace('/', '%2F')}={mode}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(line) + "\n" for line in [{"k": 1}, *rows]))
+    (folder / "eval.json").write_text("{}")
+
+
+def row(problem, right, *, kind="sums", false=(), branches=2, response="\\boxed{1}", **more):
+    row = {"problem": problem, "kind": kind, "right": right, "false": list(false), "valid": True}
+    row |= {"branches": branches, "parts": 2, "tokens": 10, "critical_path": 5, "plans": 2, "blocks": 1}
+    return row | {"response": response} | more
+
+
+def test_a_problem_counts_with_the_mean_of_its_seeds_and_differences_are_paired():
+    seeds = [
+        {"p": [row("p", True)], "q": [row("q", False)]},
+        {"p": [row("p", False)], "q": [row("q", False)]},
+    ]
+    assert evidence.over_seeds(seeds) == {"p": 0.5, "q": 0.0}
+    # by hand: gains 1, 0, 1, 0 have mean 1/2, standard deviation 0.577, so 1.96 * 0.577 / 2
+    assert (
+        evidence.difference({"a": 1, "b": 1, "c": 1, "d": 0}, dict.fromkeys("abcd", 0) | {"b": 1})
+        == "+50.0 ±56.6"
+    )
+    assert (
+        evidence.difference({"a": 1, "b": 0, "z": 1}, {"a": 0, "b": 0}) == "+50.0 ±98.0"
+    )  # z has no partner
+
+
+def test_a_majority_is_of_the_first_k_and_a_tie_goes_to_the_earlier():
+    rows = [row("p", text == "7", response=f"\\boxed{{{text}}}") for text in "8779"]
+    assert not evidence.majority_of(rows, 1) and not evidence.majority_of(rows, 2)
+    assert evidence.majority_of(rows, 3) and evidence.majority_of(rows, 4)
+
+
+def cells(table, first):
+    """{column: text} of the row of a markdown table that begins so."""
+    heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return next(dict(zip(heads, line)) for line in lines if line[0].startswith(first))
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A base that answers one of two problems, and NPR of two seeds, which answers 2 and 1 of them."""
+    two = [row("p", True), row("q", False, false=["1=2"])]
+    for name in ("heldout", "heldout-greedy"):
+        keep(tmp_path, "out/stage0", "plain", two, name)
+        keep(tmp_path, "out/stage3", "parallel", [row("p", True), row("q", True, false=["1=2"])], name)
+        keep(tmp_path / "seed1", "out/seed1/stage3", "parallel", two, name)
+    return tmp_path
+
+
+def test_the_table_of_stages_says_means_ranges_gains_and_soundness(monkeypatch, out):
+    monkeypatch.setattr(evidence, "STAGES", {evidence.BASE: "base", evidence.NPR: "NPR"})
+    found = cells(evidence.stages_table(out), "NPR")
+    assert (found["seeds"], found["greedy %"], found["range of seeds"]) == (
+        "2",
+        "75.0 ±49.0",
+        "50.0 to 100.0",
+    )
+    # q is right once in two seeds, and never without a false equation
+    assert found["right and sound %"].startswith("50.0") and found["greedy minus base"].startswith("+25.0")
+    assert found["tokens/path"] == "2.00" and found["valid %"] == "100.0"
+    assert cells(evidence.stages_table(out), "base")["greedy %"].startswith("50.0")
+
+
+def test_the_best_temperature_is_the_one_with_most_right_answers(out):
+    for temperature, rights in (("0.2", (1, 0)), ("0.6", (1, 1)), ("1.0", (0, 0))):
+        rows = [row("p", bool(rights[0])), row("q", bool(rights[1]))]
+        keep(out / f"evidence/temperature/{temperature}", "out/stage0", "plain", rows, "tune")
+    assert evidence.best_temperature(evidence.temperatures(out), evidence.BASE) == 0.6
+
+
+def test_only_what_stands_between_the_marks_is_written(monkeypatch, out, capsys):
+    page = out / "results.md"
+    page.write_text(
+        "by hand\n<!-- kinds -->\nold\n<!-- /kinds -->\nkept <!-- ladder -->\nold\n<!-- /ladder -->\n"
+    )
+    monkeypatch.setattr(
+        evidence, "TABLES", {"kinds": (lambda out: "| new |", "eval.json"), "ladder": (None, "no")}
+    )
+    monkeypatch.setattr(sys, "argv", ["evidence.py", str(out), "--page", str(page)])
+    evidence.main()
+    text = page.read_text()
+    assert text.startswith(
+        "by hand\n<!-- kinds -->\n\n| new |\n\n<!-- /kinds -->\nkept <!-- ladder -->\nold\n"
+    )
+    assert "ladder: left as it was" in capsys.readouterr().out
+
+
+def test_the_page_has_marks_for_every_table():
+    page = (ROOT / "docs/results.md").read_text()
+    for name in evidence.TABLES:
+        assert page.count(f"<!-- {name} -->\n") == page.count(f"<!-- /{name} -->\n") == 1
