@@ -9,6 +9,7 @@
 # make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
 # make seeds   stages 1-3 twice more from the same base           make twins   SR-BETA and SR, the sequential twins, and `hard`
 # make ablations   PAPO minus each of its ingredients              make curves  assets/curves.png, from what the stages logged
+# make docs    the six files as annotated pages, out/site           make exercise N=1  write a function anew, N is 1 to 4
 # make clean   remove what was trained          OUT=out/big  write somewhere else
 # A stage is a file target: a finished one is not run again, a killed one resumes where it left off.
 
@@ -194,7 +195,15 @@ $(E)/ladder/%/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 curves:
 	$(PY) docs/figures.py curves $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 $(wildcard $(OUT)/seed*/stage[123]) --out assets/curves.png
 
+# the standard library is enough; the page of traces is the last evaluation's
+docs:
+	$(PYTHON) docs/annotate.py --trace $(OUT)/trace.html --out $(OUT)/site
+
+# without N: what there is to write
+exercise: $(VENV)
+	$(PY) docs/exercise.py $(N)
+
 clean:
 	rm -rf out
 
-.PHONY: all check lint test faults diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations evidence ladder curves clean
+.PHONY: all check lint test faults diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations evidence ladder curves docs exercise clean

@@ -11,7 +11,7 @@ Out: a table, and in --out: eval.json, eval.txt, responses.jsonl, trace.html (fo
 Each checkpoint is decoded in the mode it was made for: a base is asked plainly, and asked for the
 format; a stage-1 checkpoint and the sequential twins decode sequentially under the format prompt;
 stages 2 and 3 decode in parallel.  `path=plain`, `path=format` and `path=parallel` choose by hand.
-The README's glossary explains the metrics; docs/figures.py makes pictures and tables of many runs.
+docs/metrics.md explains the metrics; docs/figures.py makes pictures and tables of many runs.
 """
 
 import json
@@ -114,7 +114,7 @@ def majority(rows):
 
 
 def measure(judged):
-    """Metrics of one checkpoint in one mode (README's glossary).  judged: as of `judge_all`."""
+    """Metrics of one checkpoint in one mode (docs/metrics.md).  judged: as of `judge_all`."""
     flat = [row for rows in judged for row in rows]
 
     def mean(key, rows=flat):

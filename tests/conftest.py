@@ -4,6 +4,7 @@ decoded without training anything)."""
 import os
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -173,3 +174,17 @@ def worst_gap(rollouts, scores):
     """Largest difference between the engine's log-probabilities and the rescored ones, over sampled tokens."""
     gaps = [np.abs(np.array(r.logprobs) - s)[~np.array(r.forced)] for r, s in zip(rollouts, scores)]
     return max(float(g.max()) for g in gaps if len(g))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The system's chromium, for what a reader sees of a page."""
+    api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-extra.txt")
+    names = ("google-chrome", "chromium", "chromium-browser")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if not path:
+        pytest.skip(f"none of {', '.join(names)} is installed: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path)
+        yield chromium
+        chromium.close()

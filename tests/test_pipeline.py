@@ -4,7 +4,6 @@ errors in one line.  What needs the pipeline's checkpoints is slow: they take a 
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -279,22 +278,3 @@ def test_every_script_has_help_with_a_line_for_every_flag(monkeypatch, capsys, s
     assert len({flag for flag, *_ in table}) == len(table)
     for flag, _, _, meaning, *_ in table:
         assert flag in shown and len(meaning) > 5, flag
-
-
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_command_and_file_that_a_page_quotes_exists(page):
-    text = (ROOT / page).read_text()
-    command = re.compile(r"^(?:python|\.venv/bin/python) ((?:tests/|docs/)?\w+\.py)(.*)$", re.M)
-    for script, flags in command.findall(text):
-        source = (ROOT / script).read_text()
-        for flag in re.findall(r"(?<= )--[a-z-]+", flags.split("#")[0]):
-            assert f'"{flag}"' in source, f"{script} has no {flag}"
-
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make ([\w-]+)\s*(?:#|$)", text, re.M):
-        assert re.search(rf"^{target}:", makefile, re.M), target
-    for name in re.findall(r"^\| `([\w./]+)` \|", text, re.M):
-        assert (ROOT / name).exists(), name

@@ -6,7 +6,6 @@ requirements-extra.txt` and a chromium of the system's (`apt-get install chromiu
 
 import json
 import re
-import shutil
 import sys
 
 import numpy as np
@@ -200,19 +199,6 @@ def test_all_checkpoints_of_an_evaluation_are_in_one_page(checkpoint, tmp_path, 
 # ======================================================================================================================
 # 2. The page in a browser
 # ======================================================================================================================
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-extra.txt")
-    names = ("google-chrome", "chromium", "chromium-browser")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if not path:
-        pytest.skip(f"none of {', '.join(names)} is installed: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

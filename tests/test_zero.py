@@ -128,6 +128,16 @@ def test_dapo_loss_clips_by_hand():
     assert abs(logprobs.grad[0, 1].item() - -1.1 / 4) < 1e-6  # d ratio / d logprob = ratio
 
 
+def test_dapo_loss_pulls_back_what_moved_the_wrong_way_however_far():
+    """The minimum leaves the clip out where it would help: without it these tokens had no gradient."""
+    logprobs = torch.tensor([[0.5], [1.5]]).log().requires_grad_()
+    loss = dapo_loss(logprobs, torch.zeros(2, 1), torch.tensor([1.0, -1.0]), torch.ones(2, 1))
+    # a good token at half its probability, and a bad one at one and a half: neither is clipped
+    assert abs(loss.item() - -(0.5 - 1.5) / 2) < 1e-6
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.5], [1.5]]) / 2)
+
+
 def test_dapo_loss_is_a_mean_over_tokens_not_over_responses():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     loss = dapo_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([1.0, -1.0]), mask)
