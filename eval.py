@@ -334,6 +334,7 @@ def judge_checkpoint(path, mode, problems, args, device):
         "mode": mode,
         **measure(judged),
         "tokens/s": sum(row["tokens"] for row in flat) / sum(row["seconds"] for row in flat),
+        # nan: too few problems are decoded greedily to have one of this kind
         "kinds": {
             kind: measure([rows for rows in judged if rows[0]["kind"] == kind])
             | {"greedy": np.mean([row["right"] for [row] in greedy if row["kind"] == kind] or [np.nan])}

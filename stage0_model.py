@@ -632,28 +632,30 @@ def draw_size(rng, weights):
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
+def easy_move(rng):
+    """One operation of a chain: 23 * 3 modulo 100 is soon known by heart."""
+    op = rng.choice("++--*")
+    return op, rng.randint(2, 3 if op == "*" else 9)
+
+
+def hard_move(rng):
+    """One operation of a sum's term: two of them in one go are too many to know by heart."""
+    op = rng.choice("+-**")
+    return op, rng.randint(3, 9) if op == "*" else rng.randint(11, 99)
+
+
 def draw_chains(rng, depth, width):
     """`width` chains of `depth` easy moves: 'A:12+5*3 B:40-7*2 largest modulo 100?' -> '66'."""
-
-    def draw_op():
-        op = rng.choice("++--*")
-        return op, rng.randint(2, 3 if op == "*" else 9)
-
     goal = rng.choice(["largest", "smallest", "largest", "smallest", "total"])
-    return draw_named("chains", rng, depth, width, draw_op, goal)
+    return draw_named("chains", rng, depth, width, easy_move, goal)
 
 
 def draw_sums(rng, depth, width):
     """`width` terms of `depth` hard moves: 'A:47*8+36 C:52-38*7 total modulo 100?' -> '10'."""
-
-    def draw_op():
-        op = rng.choice("+-**")
-        return op, rng.randint(3, 9) if op == "*" else rng.randint(11, 99)
-
-    return draw_named("sums", rng, depth, width, draw_op, "total")
+    return draw_named("sums", rng, depth, width, hard_move, "total")
 
 
-def draw_named(kind, rng, depth, width, draw_op, goal):
+def draw_named(kind, rng, depth, width, draw_move, goal):
     """Parts with names, each worked from left to right modulo 100, and what is asked of their ends.
 
     Parts are named by any letters: a problem of two parts may name G and H, so that wide ones name
@@ -664,7 +666,7 @@ def draw_named(kind, rng, depth, width, draw_op, goal):
     ends = []
     for _ in labels:
         value = start = rng.randint(10, 99)
-        ops = [draw_op() for _ in range(depth)]
+        ops = [draw_move(rng) for _ in range(depth)]
         for op, operand in ops:
             value = apply_op(value, op, operand) % 100
         chains.append((start, ops))

@@ -132,7 +132,7 @@ def rows_of(source, tree):
             rows.append(Row(title, 2, text + "\n"))
         elif ruled:
             rows.append(Row(ruled[1], 4 if lines[n - 1].startswith(" ") else 3))
-        elif comment == "fmt: off":
+        elif comment == "fmt: off" and lines[n].startswith("ARGUMENTS"):
             rows.append(Row("Arguments", 3))
         elif n in comments:
             if not re.match("=+$|fmt:", comment):

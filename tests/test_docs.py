@@ -317,8 +317,19 @@ def test_the_worked_example_of_the_metrics_is_what_the_judge_measures(example):
 
 def test_every_column_of_the_judge_is_in_the_metrics(example):
     measured = judge.measure(example)
-    result = {"checkpoint": "out/stage3", "mode": "parallel", **measured, "kinds": {"chains": measured}}
-    result |= {"greedy": 1.0, "tokens/s": 1.0, "logprob gap": 0.0, "seconds to answer": 1.0}
+    result = {
+        "checkpoint": "out/stage3",
+        "mode": "parallel",
+        **measured,
+        "kinds": {"chains": measured | {"greedy": 1.0}},
+    }
+    result |= {
+        "greedy": 1.0,
+        "greedy ci95": 0.0,
+        "tokens/s": 1.0,
+        "logprob gap": 0.0,
+        "seconds to answer": 1.0,
+    }
     result |= {"minus row above": [0.1, 0.1], "minus first row": [0.1, 0.1]}
     columns = {*judge.main_row(result, k=2), *judge.kinds_row(result), *judge.collapse_row(result)}
     assert len(columns) > 20 and columns - first_cells() == set()

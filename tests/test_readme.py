@@ -171,7 +171,8 @@ def unknown_flags(name, text):
     ]
 
 
-@pytest.mark.parametrize("page", PAGES)
+# The log speaks of runs of older commits, with the flags of their time.
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/log.md"])
 def test_every_flag_that_a_page_names_belongs_to_a_script(page):
     assert unknown_flags("a.md", "`--lr` `--kind sums` `--fuzz 10` `--learning`") == [
         "a.md:1: no script has --learning"
