@@ -1,4 +1,5 @@
 # make         set up, train stages 0-3, print the table (about an hour on 2 cores; CUDA is used when there is one)
+# make demo    set up, and decode a question with the trained checkpoints that come along: branches grow side by side
 # make check   set up, lint, and the quick tests, under a minute on one core        make lint    ruff alone
 # make test    set up, run all the tests        make smoke   every stage and the evaluation at miniature size, a few minutes
 # make faults  kills at every moment, full disks, signals: what each stage leaves, a quarter of an hour
@@ -8,7 +9,8 @@
 # make smoke-weights   every stage takes a step on those real weights, in English
 # make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
 # make seeds   stages 1-3 twice more from the same base           make twins   SR-BETA and SR, the sequential twins, and `hard`
-# make ablations   PAPO minus each of its ingredients              make curves  assets/curves.png, from what the stages logged
+# make ablations   PAPO minus each of its ingredients              make figures  assets/figures, from logs and checkpoints
+# make evidence   every run and table of docs/results.md            make ship     assets/npr-tiny from what was trained
 # make docs    the six files as annotated pages, out/site           make exercise N=1  write a function anew, N is 1 to 4
 # make clean   remove what was trained          OUT=out/big  write somewhere else
 # A stage is a file target: a finished one is not run again, a killed one resumes where it left off.
@@ -34,6 +36,9 @@ all: $(OUT)/eval.json
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
+
+demo: $(VENV)
+	@$(PY) engine.py
 
 $(OUT)/stage0/$(DONE): | $(VENV)
 	$(RUN) stage0_model.py --out $(OUT)/stage0 $(STAGE0)
@@ -192,8 +197,11 @@ $(E)/ladder/%/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 $(OUT)/stage3_seq --out $(@D) --timed 0 \
 	  --kind $(firstword $(subst -, ,$*)) --depth $(lastword $(subst -, ,$*)) --width 4 --n 50 --k 64 --max-new-tokens 1280
 
-curves:
-	$(PY) docs/figures.py curves $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 $(wildcard $(OUT)/seed*/stage[123]) --out assets/curves.png
+figures: $(VENV)
+	$(PY) docs/figures.py all $(OUT)
+
+ship: $(OUT)/stage3/$(DONE)
+	$(PY) docs/ship.py $(OUT) assets/npr-tiny
 
 # the standard library is enough; the page of traces is the last evaluation's
 docs:
@@ -206,4 +214,4 @@ exercise: $(VENV)
 clean:
 	rm -rf out
 
-.PHONY: all check lint test faults diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations evidence ladder curves docs exercise clean
+.PHONY: all demo check lint test faults diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations evidence ladder figures ship docs exercise clean

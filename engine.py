@@ -18,7 +18,8 @@ if it were alone; the trunk goes on one after the longest branch.  The engine it
 `<step>`, its number and `:` at the head of a branch, and `<takeaway>` when the last branch has
 closed: these tokens are *forced*, everything else is sampled.
 
-    python engine.py --init out/stage3 "2 12 18 make 28?"     # decode one question and draw it
+    python engine.py                                        # decode a built-in question, draw it
+    python engine.py --init out/stage3 "2 12 18 make 28?"   # or this one
 
 Read sections 1 to 6 for every idea; section 7 is the same on a GPU, faster.
 """
@@ -45,8 +46,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from stage0_model import UserError, load, pick_device, prompt_ids, read_arguments, read_object, read_prompt
-from stage0_model import run_main
+from stage0_model import Problem, UserError, load, make_problems, pick_device, prompt_ids, read_arguments
+from stage0_model import read_object, read_prompt, response_text, run_main, trained
 from stage0_model import attention, bucket, can_compile, pad_rows, uses_flex, visibility, visible_mask
 from stage0_model import write_text
 from stage0_model import device_name, natural_int, nonempty, not_negative, positive_float  # ranges
@@ -1111,15 +1112,36 @@ def side_by_side(columns, width):
 
 
 class LiveEngine(Engine):
-    """Redraws its one request after every step."""
+    """Draws its one request anew after every step, over its last drawing.
+
+    In no less than `pause` seconds a step: a small model would be done before a reader looks.
+    """
+
+    pause = 0.05
+    drawn = 0  # lines of the last drawing
 
     def step(self):
+        began = time.perf_counter()
         request = (self.active or self.waiting)[0]
         done = super().step()
         width, height = shutil.get_terminal_size()
         lines = render(self.tokenizer, request.rollout(), width - 1)
-        print("\x1b[H\x1b[J" + "\n".join(lines[-(height - 3) :]), flush=True)
+        lines += ["", f"step {request.step}: {request.used} tokens; one after another, {request.step}"]
+
+        # What does not fit into the terminal cannot be drawn over, so the end alone is shown.
+        lines = lines[-(height - 2) :]
+        print("\x1b[A" * self.drawn + "\r\x1b[J" + "\n".join(lines), flush=True)
+        self.drawn = len(lines)
+        time.sleep(max(0, began + self.pause - time.perf_counter()))
         return done
+
+
+class Replay(Engine):
+    """Writes `ids`, whatever it samples: sequentially, what the same tokens cost one by one."""
+
+    def sample(self, logits):
+        logprobs = super().sample(logits)[1]
+        return [self.ids[self.active[0].used]], logprobs
 
 
 def trace(tokenizer, rollout, prompt, question, by, verdict=""):
@@ -1150,10 +1172,13 @@ def trace_page(traces):
     return template.read_text("utf-8").replace("/*TRACES*/[]", data)
 
 
+# What is decoded when no question is asked: the first held-out problem of (kind, split, n, seed).
+BUILT_IN = ("chains", "heldout", 1, 29)
+
 # fmt: off
 ARGUMENTS = (
-    ("question",         nonempty,     None,         "the question, as the problems of stage 0 write it"),
-    ("--init",           nonempty,     "out/stage3", "checkpoint folder or hub name, of stage 2 or 3"),
+    ("question",         nonempty,     None,         "as the problems of stage 0 write it; without one, the built-in question", {"nargs": "?"}),
+    ("--init",           nonempty,     None,         "checkpoint folder or hub name, of stage 2 or 3; without one out/stage3, else the shipped one"),
     ("--prompt-file",    str,          "",           "text that asks for the format; by default the checkpoint's own"),
     ("--temperature",    not_negative, 0.0,          "0 is greedy"),
     ("--max-new-tokens", positive_int, 1024,         "budget, all branches together"),
@@ -1167,32 +1192,53 @@ ARGUMENTS = (
 def main():
     args = read_arguments(__doc__, ARGUMENTS)
     device = pick_device(args.device)
-    model, tokenizer = load(args.init, device)
+    init = args.init or trained("stage3")[0]
+    model, tokenizer = load(init, device)
+    [problem] = [Problem("", args.question, "")] if args.question else make_problems(*BUILT_IN)
+    print(f"question: {problem.question}\n")
+
+    # A checkpoint from elsewhere has never seen the prompt of the made problems.
+    system = read_prompt(args.prompt_file, not read_object(f"{init}/args.json"), init)
+    prompt = prompt_ids(tokenizer, problem.question, system)
+    settings = dict(temperature=args.temperature, seed=args.seed)
 
     # On a terminal the branches grow before the reader's eyes; into a file goes the end alone.
     live = sys.stdout.isatty()
     engine = (LiveEngine if live else Engine)(model, tokenizer)
-
-    # A checkpoint from elsewhere has never seen the prompt of the made problems.
-    system = read_prompt(args.prompt_file, not read_object(f"{args.init}/args.json"), args.init)
-    prompt = prompt_ids(tokenizer, args.question, system)
-    [[rollout]] = engine.generate(
-        [prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed
-    )
+    [[rollout]] = engine.generate([prompt], max_new_tokens=args.max_new_tokens, **settings)
     if not live:
         print("\n".join(render(tokenizer, rollout, 120)))
+
+    # The built-in question's answer is known, any other's is not.
+    verdict = ""
+    if problem.answer:
+        right = problem.verify(response_text(tokenizer, rollout.ids))
+        verdict = "right" if right else f"wrong, {problem.answer} is right"
     if args.html:
-        page = trace_page([trace(tokenizer, rollout, prompt, args.question, args.init)])
+        page = trace_page([trace(tokenizer, rollout, prompt, problem.question, init, verdict)])
         write_text(Path(args.html), page)
 
-    # What parallel thought bought: tokens written for each that had to be waited for.
+    # What parallel thought bought, in time: now that all is warm, the same again, and the same
+    # tokens one by one, in turn.  The best of five counts for the built-in question, because a tiny
+    # model's steps are so short that whatever else the machine does shows.
     tokens = len(rollout.ids)
-    path = max(1, rollout.critical_path)
-    seconds = engine.stats.seconds
+    seconds = {Engine: [], Replay: []}
+    for _ in range(1 if args.question else 5):
+        for decoder, parallel, budget in ((Engine, True, args.max_new_tokens), (Replay, False, tokens)):
+            timed = decoder(model, tokenizer)
+            timed.ids = rollout.ids
+            timed.generate([prompt], parallel=parallel, max_new_tokens=budget, **settings)
+            seconds[decoder].append(timed.stats.seconds)
+    mine, theirs = map(min, seconds.values())
+
+    # And in tokens: how many were written for each that had to be waited for.
     ended = rollout.finish_reason + (f": {rollout.error}" if rollout.error else "")
+    path = max(1, rollout.critical_path)
     print(
-        f"{ended} | {tokens} tokens on a critical path of {path} ({tokens / path:.2f}x) | "
-        f"{engine.stats.decode_steps} steps, {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
+        f"\n{ended}{verdict and ', ' + verdict} | {tokens} tokens on a critical path of {path} "
+        f"({tokens / path:.2f}x)\n"
+        f"in parallel:       {max(rollout.steps)} steps, {mine:.3f} s\n"
+        f"one after another: {tokens} steps, {theirs:.3f} s ({theirs / mine:.2f}x)"
     )
 
 

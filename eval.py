@@ -3,6 +3,7 @@ r"""The judge: any number of checkpoints, side by side, on problems none of them
 In : checkpoint folders.
 Out: a table, and in --out: eval.json, eval.txt, responses.jsonl, trace.html (for a browser).
 
+    python eval.py                 # the four that were trained here, or are shipped, on a sample
     python eval.py out/stage0 out/stage1 out/stage2 out/stage3
     python eval.py out/stage3 out/stage3_seq --split hard --n 100 --out out/hard
     python eval.py out/stage3 --kind chains --depth 12 --width 4    # one rung
@@ -28,7 +29,14 @@ from tqdm import tqdm
 from engine import TAGS, Engine, Example, batches, token_logprobs, trace, trace_page
 from stage0_model import KIND_CHOICES, KINDS, SPLITS, make_problems, step_errors  # made problems
 from stage0_model import PLAIN_PROMPT, REAL_PLAIN_PROMPT, read_problems, read_prompt  # real ones, prompts
-from stage0_model import checkpoint_folder, last_boxed, load, prompt_ids, response_text  # model and text
+from stage0_model import (
+    checkpoint_folder,
+    last_boxed,
+    load,
+    prompt_ids,
+    response_text,
+    trained,
+)  # model, text
 from stage0_model import DTYPES, device_name, natural_int, nonempty, not_negative, positive_fraction  # flags
 from stage0_model import positive_int, read_arguments, seed_int
 from stage0_model import UserError, fingerprint, from_all_ranks, hold, my_share, pick_device, ranks  # the run
@@ -491,7 +499,7 @@ BENCHES = {
 
 # fmt: off
 ARGUMENTS = (
-    ("checkpoints",      nonempty,          None,      "folders or hub names, each optionally with =plain, =format or =parallel", {"nargs": "+"}),
+    ("checkpoints",      nonempty,          None,      "folders or hub names, each optionally with =plain, =format or =parallel", {"nargs": "*"}),
     ("--out",            nonempty,          "out",     "folder for eval.json, eval.txt, responses.jsonl and trace.html"),
     ("--kind",           KIND_CHOICES,      "all",     "problems to judge on"),
     ("--split",          SPLITS,            "heldout", "tune is for choosing settings, heldout for reporting"),
@@ -514,9 +522,19 @@ ARGUMENTS = (
 )
 # fmt: on
 
+# Other defaults where no checkpoint is named: a look that takes a minute or two, in a folder of its
+# own, because make takes out/eval.json for the whole evaluation.
+SAMPLE = {"--out": "out/sample", "--n": 240, "--greedy": 120}
+
 
 def parse_args(argv=None):
-    return read_arguments(__doc__, ARGUMENTS, argv)
+    args = read_arguments(__doc__, ARGUMENTS, argv)
+    if not args.checkpoints:
+        # read anew, so that what was given on the command line still counts
+        table = [(flag, kind, SAMPLE.get(flag, given), *more) for flag, kind, given, *more in ARGUMENTS]
+        args = read_arguments(__doc__, table, argv)
+        args.checkpoints = trained("stage0", "stage1", "stage2", "stage3")
+    return args
 
 
 def main():

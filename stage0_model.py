@@ -1267,6 +1267,18 @@ def checkpoint_folder(name):
         )
 
 
+def trained(*stages):
+    """Folders of these stages: in out/ where a run has finished them all, else in assets/npr-tiny,
+    where trained ones come with the repository.  Prints which.
+    """
+    for home in ("out", os.path.relpath(Path(__file__).parent / "assets" / "npr-tiny")):
+        folders = [f"{home}/{stage}" for stage in stages]
+        if all(Path(folder, "model.safetensors").is_file() for folder in folders):
+            break
+    print(f"checkpoints: {', '.join(folders)}")
+    return folders
+
+
 def read_json(file):
     """The object in a JSON file of a checkpoint; UserError when it holds none."""
     try:

@@ -155,7 +155,6 @@ MISTAKES = [
     ("eval.py {plain} --n 1000000000 --kind sums --out {done}", "no 1000000000 distinct problems"),
     ("engine.py --init {plain} 1*2", "needs a checkpoint from stage 2 or 3"),
     ("engine.py --init {tagged} 1*2 --max-new-tokens 99999999", "exceed the KV budget"),
-    ("engine.py --init {tagged}", "required: question"),
     # flags that do not go together
     ("stage0_model.py --out {done} --hidden-size 100", "--hidden-size 100: expected a multiple of 64"),
     ("stage0_model.py --out {done} --hidden-size 160", "--hidden-size 160: expected a multiple of 64"),
@@ -184,7 +183,6 @@ MISTAKES = [
     ("stage1_zero.py --out {done} --dtype float16", "argument --dtype: invalid choice: 'float16'"),
     ("eval.py {plain} --out {done} --split test", "argument --split: invalid choice: 'test'"),
     ("eval.py {plain} --out {done} --bench aime26", "argument --bench: invalid choice: 'aime26'"),
-    ("eval.py --out {done}", "required: checkpoints"),
     ("stage1_zero.py --init {plain} --device cuda --out {done}", "no CUDA device is visible"),
     ("stage1_zero.py --init {plain} --device cuda:7 --out {done}", "no CUDA device is visible"),
 ]

@@ -21,6 +21,10 @@ import stage1_zero
 import stage2_beta
 import stage3_papo
 
+sys.path.insert(0, str(ROOT / "docs"))
+
+import figures  # noqa: E402
+
 SCRIPTS = {
     "stage0_model.py": stage0,
     "engine.py": engine,
@@ -116,6 +120,19 @@ def test_finished_stages_are_not_run_again(smoke):
     assert again.returncode == 0 and "stage0_model.py" not in again.stdout and "eval.py" not in again.stdout
     assert "accuracy %" in again.stdout  # the table is shown all the same
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.slow
+def test_the_pictures_of_a_run_are_drawn_from_what_it_wrote(smoke, tmp_path, monkeypatch):
+    out, _, _ = smoke
+    for name in ("pipeline", "accuracy", "curves"):
+        monkeypatch.setattr(sys, "argv", ["figures.py", name, str(out), "--out", str(tmp_path)])
+        figures.main()
+    judged = json.loads((out / "eval.json").read_text())["checkpoints"]
+    assert (
+        f"stage 3, NPR, {judged[-1]['accuracy']:.1%}".replace("%", " %")
+        in (tmp_path / "accuracy.svg").read_text()
+    )
 
 
 @pytest.mark.slow
