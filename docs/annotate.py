@@ -95,9 +95,10 @@ def landmarks(source, tree):
     """What a row may begin with, by line: comments; docstrings, (last line, text); functions and
     classes with their decorators, (title, level) of a Row.
     """
+    lines = source.splitlines()
     comments = {}  # {line: text} where a comment is all that stands there
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
+        if token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith("#"):
             comments[token.start[0]] = token.string[1:].removeprefix(" ")
 
     docstrings = {tree.body[0].lineno: (tree.body[0].end_lineno, ast.get_docstring(tree))}
