@@ -23,6 +23,12 @@ from prose import STEMS, prose
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"index.html": "Contents", "trace.html": "Traces"} | {f"{stem}.html": f"{stem}.py" for stem in STEMS}
 
+# for the page of traces, which has a style of its own
+TRACE_STYLE = """<style>
+.pages { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; margin-bottom: 1rem; font-size: .87rem; }
+.pages a { color: var(--dim); }
+</style>"""
+
 # ==================================================================================================
 # 1. Code: a line of HTML for every line
 # ==================================================================================================
@@ -86,25 +92,25 @@ class Row:
 
 
 def landmarks(source, tree):
-    """Where rows may begin, by line: comments, docstrings with their last lines, and functions and
-    classes, (name, level), with their decorators.
+    """What a row may begin with, by line: comments; docstrings, (last line, text); functions and
+    classes with their decorators, (title, level) of a Row.
     """
+    lines = source.splitlines()
     comments = {}  # {line: text} where a comment is all that stands there
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
+        if token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith("#"):
             comments[token.start[0]] = token.string[1:].removeprefix(" ")
 
-    docstrings = {}
+    docstrings = {tree.body[0].lineno: (tree.body[0].end_lineno, ast.get_docstring(tree))}
     heads = {}
     for node in ast.walk(tree):
-        text = (
-            ast.get_docstring(node) if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) else ""
-        )
-        if text:
-            docstrings[node.body[0].lineno] = (node.body[0].end_lineno, text)
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text or node in tree.body):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            heads[first] = (f"`{node.name}`", 3 if node in tree.body else 4)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            text = ast.get_docstring(node)
+            if text:
+                docstrings[node.body[0].lineno] = (node.body[0].end_lineno, text)
+            if text or node in tree.body:
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                heads[first] = (f"`{node.name}`", 3 if node in tree.body else 4)
     return comments, docstrings, heads
 
 
@@ -170,7 +176,26 @@ def page(title, here, body):
     head = (
         f'<meta charset="utf-8">\n{viewport}\n<title>{html.escape(title)}</title>\n<style>\n{style}</style>'
     )
-    return f'<!doctype html>\n<html lang="en">\n{head}\n{nav(here)}\n<main>\n{body}\n</main>\n</html>\n'
+    after = list(PAGES)[list(PAGES).index(here) + 1 :][:1]  # none, on the last page
+    end = "".join(f'<footer><a href="{next}">Next: {PAGES[next]}</a></footer>\n' for next in after)
+    body = f"{nav(here)}\n<main>\n{body}\n</main>\n{end}"
+    return f'<!doctype html>\n<html lang="en">\n{head}\n{body}</html>\n'
+
+
+def section(row, left, code):
+    """A row's HTML: what stands left, and its lines of the file's code."""
+    right = ""
+    for n in row.lines:
+        indent = len(code[n - 1]) - len(code[n - 1].lstrip())
+        right += f'<code id="L{n}" data-n="{n}" style="--i:{indent}">{code[n - 1]}</code>'
+
+    # sections, and pictures that the column is too narrow for, get the whole width; so do arguments
+    picture = any(len(line) > 62 and line.startswith("  ") for line in row.prose.split("\n"))
+    kind = "row wide" if picture or row.level == 2 else "row"
+    if row.title == "Arguments":
+        kind = "row wide table"
+    columns = f'<div class="prose">{left}</div>\n<div class="code">{right}</div>'
+    return f'<section class="{kind}">\n{columns}\n</section>'
 
 
 def chapter(stem, known):
@@ -182,41 +207,27 @@ def chapter(stem, known):
     names = dotted | known[stem]
     code = painted(source, names)
     opening, *rows = rows_of(source, tree)
-    title, _, promise = opening.prose.strip().partition("\n")
 
     contents = []
     body = []
-    for row in [opening, *rows]:
-        left = "" if row is opening else prose(row.prose, names)
-        if row.title:
-            name = row.title.strip("`")
-            heading = html.escape(name) if name == row.title else f"<code>{name}</code>"
-            anchor = re.sub(r"\W+", "-", name)
-            left = f'<h{row.level} id="{anchor}">{heading}</h{row.level}>{left}'
-            # what is inside a function may be there in many of them, so it has no address
-            if row.level == 4:
-                left = left.replace(f' id="{anchor}"', "", 1)
-            else:
-                level = "part" if row.level == 3 and name == row.title else f"level{row.level}"
-                contents.append(f'<li class="{level}"><a href="{stem}.html#{anchor}">{heading}</a></li>')
-        right = ""
-        for n in row.lines:
-            indent = len(code[n - 1]) - len(code[n - 1].lstrip())
-            right += f'<code id="L{n}" data-n="{n}" style="--i:{indent}">{code[n - 1]}</code>'
-        # sections, and pictures that the column is too narrow for, get the whole width
-        wide = row.level == 2 or any(len(x) > 62 and x.startswith("  ") for x in row.prose.split("\n"))
-        kind = "row wide" if wide and row is not opening else "row"
-        if row.title == "Arguments":
-            kind = "row wide table"
-        body.append(
-            f'<section class="{kind}">\n<div class="prose">{left}</div>\n<div class="code">{right}</div>\n</section>'
-        )
+    for row in rows:
+        name = row.title.strip("`")
+        heading = html.escape(name) if name == row.title else f"<code>{name}</code>"
+        place = re.sub(r"\W+", "-", name)
+        # what is inside a function may be there in many of them, so it has no address
+        address = "" if row.level == 4 else f' id="{place}"'
+        title = f"<h{row.level}{address}>{heading}</h{row.level}>" if name else ""
+        body.append(section(row, title + prose(row.prose, names), code))
+        if address:
+            kind = "part" if row.level == 3 and name == row.title else f"level{row.level}"
+            contents.append(f'<li class="{kind}"><a href="{stem}.html#{place}">{heading}</a></li>')
 
-    # beside what is imported: what the chapter holds
-    listed = '<h2>In this chapter</h2><ul class="contents">\n' + "\n".join(contents) + "</ul>"
-    body[0] = body[0].replace('<div class="prose">', f'<div class="prose">{listed}', 1)
+    # The promise has the page to itself; beside what is imported stands what the chapter holds.
+    title, _, promise = opening.prose.strip().partition("\n")
+    opening.prose = ""
+    listed = '<h2>In this chapter</h2>\n<ul class="contents">\n' + "\n".join(contents) + "\n</ul>"
     opened = f"<header><h1>{html.escape(title)}</h1>{prose(promise, names)}</header>"
-    return title, contents, "\n".join([opened, *body])
+    return title, contents, "\n".join([opened, section(opening, listed, code), *body])
 
 
 def main():
@@ -230,17 +241,15 @@ def main():
     # The first chapter is rollouts to watch; without any, the page that says how to get some.
     trace = Path(args.trace)
     if not trace.is_file():
-        print(
-            f"{trace}: no such file, so the page of traces is empty; eval.py and engine.py --html write one"
-        )
+        print(f"{trace}: no such file, so the page of traces is empty; eval.py writes one")
         trace = ROOT / "assets" / "trace.html"
-    style = "<style>.pages { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; margin-bottom: 1rem } .pages a { color: var(--dim) }</style>"
-    text = trace.read_text("utf-8").replace("<header>", f"{style}\n{nav('trace.html')}\n<header>", 1)
+    text = trace.read_text("utf-8").replace("<header>", f"{TRACE_STYLE}\n{nav('trace.html')}\n<header>", 1)
     (out / "trace.html").write_text(text, "utf-8")
 
     # Imports point one way, so that each file finds the names it uses among those before it.
     book, _, about = (ROOT / "README.md").read_text("utf-8").removeprefix("# ").partition("\n")
-    about = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", about.strip().split("\n\n")[0])
+    about = next(paragraph for paragraph in about.split("\n\n") if re.match("[A-Z]", paragraph.strip()))
+    about = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", about)  # without its links
     index = f"<h1>{html.escape(book)}</h1>{prose(about, {})}"
     index += '<h2><a href="trace.html">Traces: rollouts, replayed step by step</a></h2>'
     known = {}
@@ -248,9 +257,8 @@ def main():
         title, contents, body = chapter(stem, known)
         (out / f"{stem}.html").write_text(page(title, f"{stem}.html", body), "utf-8")
         sections = "\n".join(line for line in contents if 'class="level2"' in line)
-        index += (
-            f'<h2><a href="{stem}.html">{html.escape(title)}</a></h2><ul class="contents">{sections}</ul>'
-        )
+        heading = f'<h2><a href="{stem}.html">{html.escape(title)}</a></h2>'
+        index += f'{heading}\n<ul class="contents">\n{sections}\n</ul>\n'
     (out / "index.html").write_text(page(book, "index.html", f'<div class="book">{index}</div>'), "utf-8")
     print(f"wrote {out / 'index.html'}")
 

@@ -23,6 +23,7 @@ THING = re.compile(
     r"[+-]?\d[\d.]*\b|[A-Za-z]+(?:_\w+)?\(|[a-z]{2,}(?: [a-z]{2,})*(?![\w(])|[A-Za-z]+(?:_<?\w+)?|\S"
 )
 SIGNS = {"sum": "∑", "pi": "π", "eps": "ε", "log": "log\u2009", "⟨": "|", "⟩": "|"}
+INDEXED = ("sum", "mean", "std", "pi")  # and single letters; any other name is one word
 CLOSING = {"(": ")", "[": "]", "⟨": "⟩"}
 
 
@@ -61,7 +62,10 @@ def one(things):
 
     # a name or a sign, a number, or words
     name, _, index = thing.rstrip("(").partition("_")
-    tag = "mn" if name[-1].isdigit() else "mi" if name.isalpha() and name != "sum" else "mo"
+    if len(name) > 1 and name not in INDEXED:
+        name = thing.rstrip("(")
+        index = ""
+    tag = "mn" if name[-1].isdigit() else "mi" if name.isidentifier() and name != "sum" else "mo"
     if re.fullmatch("[a-z]{2,}( [a-z]+)*", thing) and thing not in SIGNS:
         tag = "mtext"
         name = f"\u2002{name}\u2002"

@@ -222,6 +222,7 @@ def plain(node):
             "L=−(1)/(∑_i|y_i|)∑_t(π(y_it))/(f(y_it))A_i",
         ),
         ("R = F if F < 0 else +1 / -1.", "R=F\u2002if\u2002F<0\u2002else\u2002+1/−1."),
+        ("L = -(1 / num_tokens) sum_t x_t", "L=−(1)/(num_tokens)∑_tx_t"),
         ("L = min(r A, clip(r, 1 - 0.2) A)", "L=min(rA,clip(r,1−0.2)A)"),
     ],
 )

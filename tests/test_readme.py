@@ -29,26 +29,33 @@ def quoted(text):
     found = []
     inside = False
     before = ""  # of a command that goes on
+    prose = []  # the lines outside of blocks; blank ones stand for those inside
     for number, line in enumerate(text.split("\n"), 1):
-        if line.lstrip().startswith("```"):
+        fence = line.lstrip().startswith("```")
+        prose.append("" if inside or fence else line)
+        if fence:
             inside = not inside
         elif inside and line.endswith("\\"):
             before += line[:-1]
         elif inside:
             found.append((number, "block", re.sub(r"\s+# .*", "", before + line).strip()))
             before = ""
-        else:
-            found += [(number, "span", code) for code in re.findall(r"`([^`]+)`", line)]
-    return found
+
+    # a span may go on in the next line, but not in the next paragraph
+    prose = "\n".join(prose)
+    for span in re.finditer(r"`((?:[^`\n]|\n(?!\n))+)`", prose):
+        number = prose.count("\n", 0, span.start()) + 1
+        found.append((number, "span", " ".join(span[1].split())))
+    return sorted(found)
 
 
 def test_quotes_are_found_in_blocks_and_in_spans():
-    text = "a `b c` d\n```\npython x.py --y \\\n    --z 1    # why\nmake\n```\n`e`"
+    text = "a `b c` d\n```\npython x.py --y \\\n    --z 1    # why\nmake\n```\n`e\nf` g"
     assert quoted(text) == [
         (1, "span", "b c"),
         (4, "block", "python x.py --y     --z 1"),
         (5, "block", "make"),
-        (7, "span", "e"),
+        (7, "span", "e f"),
     ]
 
 
