@@ -9,8 +9,8 @@ accuracy: accuracy against critical path of all checkpoints (and the twins'), fr
 curves  : what the stages and their other seeds have logged, from log.jsonl.
 mask    : who sees whom in a short response, by engine.visible().
 ladder  : reward of stage 1 for one text after another, by stage1_zero.format_score().
-hero, kv: the built-in question, decoded with --init: branches racing the sequential decoder, and the
-          KV row as it fills.
+hero, kv: the built-in question, decoded with --init: branches racing the sequential decoder, and
+          the KV row as it fills.
 summary : no picture: judgements of several seeds (eval.json) as one table, mean and range.
 
 Colours follow the reader's dark or light mode, nothing is loaded, and nothing is scripted.
@@ -41,7 +41,7 @@ from stage1_zero import VIOLATIONS, format_score, parse_response  # noqa: E402
 # 1. Drawing
 # ==================================================================================================
 
-# Colour 0 is the trunk's, 1 to 8 are the branches'; in light mode, and in dark.
+# Each in light mode, and in dark.
 COLOURS = {
     "bg": ("#ffffff", "#14181d"),
     "fg": ("#1b2026", "#e6eaef"),
@@ -50,6 +50,7 @@ COLOURS = {
     "soft": ("#f3f5f8", "#1d232a"),
     "good": ("#17713a", "#62d08a"),
     "bad": ("#b3122a", "#ff8f98"),
+    # c0 is the trunk's, c1 to c8 are the branches'
     "c0": ("#5a6b80", "#94a3b5"),
     "c1": ("#1f6fd6", "#6cb0ff"),
     "c2": ("#c2570c", "#ffa45c"),
@@ -68,6 +69,8 @@ def style_sheet():
     rules = "".join(f".{name}{{fill:var(--{name})}}" for name in COLOURS)
     rules += "".join(f".on-{name}{{fill:var(--{name});fill-opacity:.16}}" for name in COLOURS)
     rules += "".join(f".{name}-line{{stroke:var(--{name});fill:none}}" for name in COLOURS)
+
+    # fonts of the reader's system: nothing may be loaded
     return (
         f"svg{{{light}font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}}"
         f"@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
@@ -126,10 +129,12 @@ class Picture:
         return y
 
     def write(self, file):
-        """Write it, over an older picture if there is one.  Raises UserError where something else is."""
+        """Write it, or write over an older picture.  Raises UserError where something else is."""
         file = Path(file)
         if file.is_file() and not file.read_bytes().startswith(b"<svg"):
             raise UserError(f"{file} is there and no picture; give --out another folder")
+
+        # the card lies behind all that was drawn
         size = f'width="{px(self.width)}" height="{px(self.height)}"'
         box = f'viewBox="0 0 {px(self.width)} {px(self.height)}"'
         card = f'x=".5" y=".5" width="{px(self.width - 1)}" height="{px(self.height - 1)}" rx="10"'
@@ -163,6 +168,8 @@ def draw_mask():
     places = layout(ids, {tag: i for i, tag in enumerate(TAGS)})
     sees = visible(places)  # (T, T)
     T = len(ids)
+
+    # lengths in pixels, as everywhere below
     cell = 20
     left = 176
     top = 132
@@ -192,13 +199,13 @@ def draw_mask():
             strength = "" if kind == "self" else ' fill-opacity=".5"'
             picture.rect(x + 1, y + 1, cell - 2, cell - 2, f"c{branch}", 3, strength)
 
+    # the grid, and a key to it
     for q in range(T):
         for k in range(q + 1):
             kind = "self" if q == k else "seen" if sees[q, k] else "blind"
             square(left + k * cell, top + q * cell, kind, places.branch[k])
-    for row, (kind, words) in enumerate(
-        (("self", "the token itself"), ("seen", "sees"), ("blind", "is blind to"))
-    ):
+    key = (("self", "the token itself"), ("seen", "sees"), ("blind", "is blind to"))
+    for row, (kind, words) in enumerate(key):
         x = left + T * cell + 12
         y = top - 30 + 24 * row
         square(x, y, kind, 1)
@@ -209,28 +216,21 @@ def draw_mask():
     join = EXAMPLE.index("<takeaway>")
     start, after = places.position[[first, join]]
     notes = (
-        (4, 0, "The trunk", "is causal, like any text: a token sees all that came before it."),
-        (
-            first,
-            1,
-            f"Branch 1, positions {start} and on",
-            "sees the trunk and itself. Its first position is the one after </guideline>.",
-        ),
-        (
-            second,
-            2,
-            f"Branch 2, positions {start} and on again",
-            "as if branch 1 were not there: while one is written, the other does not exist yet.",
-        ),
-        (
-            join,
-            0,
-            f"The takeaway, position {after}",
-            "sees every branch, and goes on one position after the longest.",
-        ),
+        (4, 0, "The trunk"),
+        (first, 1, f"Branch 1, positions {start} and on"),
+        (second, 2, f"Branch 2, positions {start} and on again"),
+        (join, 0, f"The takeaway, position {after}"),
     )
+    meanings = (
+        "is causal, like any text: a token sees all that came before it.",
+        "sees the trunk and itself. Its first position is the one after </guideline>.",
+        "as if branch 1 were not there: while one is written, the other does not exist yet.",
+        "sees every branch, and goes on one position after the longest.",
+    )
+
+    # a bar in the branch's colour marks each note
     x = left + T * cell + 22
-    for row, branch, heading, words in notes:
+    for (row, branch, heading), words in zip(notes, meanings):
         y = top + row * cell
         picture.text(x, y + 13, heading, f"c{branch} bold", 13.5)
         end = picture.paragraph(x, y + 31, words, 38, "fg", 12.5)
@@ -277,9 +277,8 @@ def draw_ladder():
     picture = Picture(1000, top + len(ladder) * step + 22, "Reward of stage 1 for one text after another")
     picture.text(24, 34, "What stage 1 pays for", "fg bold", 18)
     words = "R = F if F < 0, else +1 for a right answer and \u22121 for a wrong one."
-    picture.text(
-        24, 56, f"{words} Each of {len(VIOLATIONS)} violations is worse than being wrong.", "dim", 13
-    )
+    words += f" Each of {len(VIOLATIONS)} violations is worse than being wrong."
+    picture.text(24, 56, words, "dim", 13)
     picture.text(24, top - 10, "R", "dim bold", 12)
     picture.text(256, top - 10, "text; in red, what is other or missing", "dim", 12)
 
@@ -296,7 +295,8 @@ def draw_ladder():
         picture.text(60, y + 1, f"{reward:+.1f}".replace("-", "\u2212"), f"{colour} bold", 14, "middle")
         picture.text(112, y + 1, name, "fg bold", 13)
 
-        # Tags small, so that a text fits; what is not in the perfect text red, what is missing a mark.
+        # Tags small, so that a text fits; what is not in the perfect text red, where some of it is
+        # missing a mark.
         x = 256
         own = [match[0] for match in pieces.finditer(text)]
         for kind, a, b, c, d in difflib.SequenceMatcher(None, perfect, own, autojunk=False).get_opcodes():
@@ -375,10 +375,11 @@ OPENING = {tag for tag in TAGS if not tag.startswith("</")}
 
 
 def broken_lines(data, width, size):
-    """A trace's text as lines no wider than `width`: [(branch, [(x, width, text, size, token), ..]), ..].
+    """A trace's text as lines no wider than `width`.
 
-    Every piece of the trunk, and every branch, begins a line.  Tags are smaller than words, and where
-    there is a choice a line begins with one that opens.
+    Every piece of the trunk, and every branch, begins a line.  Tags are smaller than words, and
+    where there is a choice a line begins with one that opens.  Returns a list of lines, each
+    (branch, [(x, width, text, size, token), ..]).
     """
     sizes = [size * (0.72 if re.fullmatch("<.+>", text) else 1.0) for text in data["text"]]
     widths = [0.602 * own * len(text) for own, text in zip(sizes, data["text"])]
@@ -391,6 +392,8 @@ def broken_lines(data, width, size):
         while text in OPENING and end < len(widths) and data["text"][end] not in OPENING:
             end += 1
         together = sum(widths[token:end])
+
+        # a line of its own, or one more of the same piece
         place = (data["block"][token], data["branch"][token])
         if place != before:
             x = 0
@@ -404,105 +407,127 @@ def broken_lines(data, width, size):
     return lines
 
 
+class Race:
+    """The clock of an animation: a moment of rest, steps of equal length, and time to look."""
+
+    before = 0.7  # seconds
+    after = 4.0
+
+    def __init__(self, steps):
+        self.steps = steps
+        self.seconds = min(0.05 * steps, 14.0)
+        self.whole = self.before + self.seconds + self.after
+
+    def when(self, step):
+        """Percent of the animation at which a step is done."""
+        return 100 * (self.before + self.seconds * step / self.steps) / self.whole
+
+
+def cover(name, x, y, height, branch, arrivals, race):
+    """What hides a line of text until its tokens are there: (style, markup).
+
+    arrivals: {engine step: right edge of the text that is there by then}, in order.  The cover
+    begins at that edge, with a cursor where the next token will stand, and is gone at the end.
+    """
+    frames = "0%{opacity:1;transform:translate(-8px);color:transparent}"
+    for i, (step, edge) in enumerate(arrivals.items()):
+        colour = "" if i else f";color:var(--c{branch})"
+        frames += f"{race.when(step):.2f}%{{transform:translate({px(edge)}px){colour}}}"
+    frames += f"{race.when(max(arrivals) + 0.9):.2f}%,to{{opacity:0}}"
+
+    # as wide as a panel, which clips it
+    hidden = f'<path d="M{px(x)} {px(y - 1)}h470v{height + 2}h-470z" class="soft"/>'
+    cursor = f'<path d="M{px(x)} {px(y + 1)}h3v{height - 2}h-3z" fill="currentColor"/>'
+    style = f"#{name}{{animation-name:{name}}}@keyframes {name}{{{frames}}}"
+    return style, f'<g class="k" id="{name}">{hidden}{cursor}</g>'
+
+
 def draw_hero(problem, data):
     """The rollout racing a sequential decoder, which writes the same tokens, on one clock.
 
     Every line of text lies under a cover that moves to the right when a token arrives: one set of
     key frames a line.  Without animation nothing is covered.
     """
-    size = 11.5
-    leading = 20
     tokens = len(data["text"])
-    steps = max(data["step"])
-    seconds = min(0.05 * tokens, 14.0)  # of the race
-    whole = 0.7 + seconds + 4.0  # with a moment before and after
-
-    def when(step):
-        return 100 * (0.7 + seconds * step / tokens) / whole  # percent of the animation
+    race = Race(tokens)
+    style = [f"g.k{{opacity:0;animation:{race.whole:.2f}s step-end infinite}}"]
+    style.append(f".end{{animation:{race.whole:.2f}s step-end infinite}}")
 
     # The question, in words and as the model reads it.
     picture = Picture(1000, 0, f"One question decoded in parallel and sequentially: {problem.question}")
-    y = 36
-    if problem.kind in IN_WORDS:
-        y = picture.paragraph(24, y, IN_WORDS[problem.kind](problem.parts), 112, "fg", 15.5) + 2
+    top = picture.paragraph(24, 36, IN_WORDS[problem.kind](problem.parts), 112, "fg", 15.5) + 2
     for line in textwrap.wrap(problem.question, 124):
-        picture.code(24, y, line, "dim", 12.5)
-        y += 18
-    top = y + 6
+        picture.code(24, top, line, "dim", 12.5)
+        top += 18
+    top += 6
 
     # Two panels of the same text; what differs is when each token is there.
+    size = 11.5
+    leading = 20
     lines = broken_lines(data, 452, size)
     height = 40 + leading * len(lines) + 34
     panels = (
-        ("a", 24, "Native parallel", "every branch gains a token at every step", data["step"], steps),
-        ("b", 508, "One after another", "the same tokens, one at a step", range(1, tokens + 1), tokens),
+        ("a", 24, "Native parallel", "every branch gains a token at every step", data["step"]),
+        ("b", 508, "One after another", "the same tokens, one at a step", range(1, tokens + 1)),
     )
-    style = [f"g.k{{opacity:0;animation:{whole:.2f}s step-end infinite}}"]
-    style.append(f".end{{animation:{whole:.2f}s step-end infinite}}")
-    for panel, left, heading, words, times, last in panels:
+    for panel, left, heading, words, times in panels:
         picture.rect(left, top, 468, height, "soft", 8)
         picture.text(left + 12, top + 24, heading, "fg bold", 15)
         picture.text(left + 456, top + 24, words, "dim", 12, "end")
-        picture.body.append(
-            f'<clipPath id="{panel}"><rect x="{left + 8}" y="{px(top + 34)}" width="456" '
-            f'height="{px(height - 34)}"/></clipPath><g clip-path="url(#{panel})">'
-        )
+        clip = f'x="{left + 8}" y="{px(top + 34)}" width="456" height="{px(height - 34)}"'
+        picture.body.append(f'<clipPath id="{panel}"><rect {clip}/></clipPath>')
+        picture.body.append(f'<g clip-path="url(#{panel})">')
+
+        # line by line: a band in the branch's colour, the text, and the cover
         for number, (branch, pieces) in enumerate(lines):
             y = top + 40 + leading * number
-            x = left + 12
             end = pieces[-1][0] + pieces[-1][1]
-            picture.rect(x - 4, y, end + 8, leading - 3, f"on-c{branch}", 3)
-            for dx, _, text, own, token in pieces:
+            picture.rect(left + 8, y, end + 8, leading - 3, f"on-c{branch}", 3)
+            for x, _, text, own, token in pieces:
                 names = "dim" if data["forced"][token] or own < size else "fg"
-                picture.code(x + dx, y + 12.8, text, names, own)
-
-            # The cover, with a cursor at its edge: where the next token of this line will stand.
-            name = f"{panel}{number}"
-            frames = "0%{opacity:1;transform:translate(-8px);color:transparent}"
-            arrived = {times[token]: dx + wide for dx, wide, _, _, token in pieces}
-            for i, (step, edge) in enumerate(arrived.items()):
-                colour = "" if i else f";color:var(--c{branch})"
-                frames += f"{when(step):.2f}%{{transform:translate({px(edge)}px){colour}}}"
-            done = when(max(arrived) + 0.9)
-            style.append(
-                f"#{name}{{animation-name:{name}}}@keyframes {name}{{{frames}{done:.2f}%,to{{opacity:0}}}}"
-            )
-            picture.body.append(
-                f'<g class="k" id="{name}"><path d="M{px(x)} {px(y - 1)}h470v{leading - 1}h-470z" '
-                f'class="soft"/><path d="M{px(x)} {px(y + 1)}h3v{leading - 5}h-3z" fill="currentColor"/></g>'
-            )
+                picture.code(left + 12 + x, y + 12.8, text, names, own)
+            arrivals = {times[token]: x + wide for x, wide, _, _, token in pieces}
+            rule, hiding = cover(f"{panel}{number}", left + 12, y, leading - 3, branch, arrivals, race)
+            style.append(rule)
+            picture.body.append(hiding)
         picture.body.append("</g>")
 
         # What came of it, when it is there.
+        style.append(f"@keyframes e{panel}{{0%{{opacity:0}}{race.when(max(times)):.2f}%,to{{opacity:1}}}}")
         good = "good" if data["verdict"] == "right" else "bad"
-        style.append(f"@keyframes e{panel}{{0%{{opacity:0}}{when(last):.2f}%,to{{opacity:1}}}}")
-        answered = f"{data['verdict']} after {last} steps"
-        y = top + height - 14
-        more = f' style="animation-name:e{panel}"'
-        picture.text(left + 456, y, answered, f"{good} bold end", 14, "end", more)
+        answered = f"{data['verdict']} after {max(times)} steps"
+        appears = f' style="animation-name:e{panel}"'
+        picture.text(left + 456, top + height - 14, answered, f"{good} bold end", 14, "end", appears)
 
-    # The clock: both on one axis of engine steps, each a token that has to be waited for.
+    # The clock: an axis of engine steps, each a token that has to be waited for.
     top += height + 22
+    left = 148
     scale = 800 / tokens
     for step in ticks(0, tokens)[:-1]:
-        x = 148 + step * scale
+        x = left + step * scale
         picture.line([(x, top - 4), (x, top + 50)], "line-line", 1)
         picture.text(x, top + 64, f"{step:g}", "dim", 11, "middle")
-    for row, (panel, _, heading, _, _, last) in enumerate(panels):
+    picture.text(left - 12, top + 64, "engine steps", "dim", 11, "end")
+
+    # On it a bar for each of the two, which grows until its answer is there.
+    for row, (panel, _, heading, _, times) in enumerate(panels):
         y = top + 26 * row
-        picture.text(136, y + 13, heading.lower(), "fg", 13, "end")
-        picture.rect(148, y, 800, 18, "soft", 4, ' fill-opacity=".7"')
-        bar = f' style="animation:{whole:.2f}s linear infinite r{panel};transform-origin:148px 0"'
-        picture.rect(148, y, last * scale, 18, "c1" if panel == "a" else "c0", 4, bar)
-        grown = f"{when(0):.2f}%{{transform:scaleX(0)}}{when(last):.2f}%,to{{transform:none}}"
-        style.append(f"@keyframes r{panel}{{0%{{transform:scaleX(0)}}{grown}}}")
-        more = f' style="animation-name:e{panel}"'
+        last = max(times)
+        picture.text(left - 12, y + 13, heading.lower(), "fg", 13, "end")
+        picture.rect(left, y, 800, 18, "soft", 4, ' fill-opacity=".7"')
+        grows = f"animation:{race.whole:.2f}s linear infinite r{panel};transform-origin:{left}px 0"
+        picture.rect(left, y, last * scale, 18, "c1" if panel == "a" else "c0", 4, f' style="{grows}"')
+        frames = f"{race.when(0):.2f}%{{transform:scaleX(0)}}{race.when(last):.2f}%,to{{transform:none}}"
+        style.append(f"@keyframes r{panel}{{0%{{transform:scaleX(0)}}{frames}}}")
+
+        # how many steps it took, beside the short bar and inside the long one
+        x = left + last * scale
+        appears = f' style="animation-name:e{panel}"'
         if panel == "a":
-            times = f"{last} steps, {tokens / last:.1f} times fewer"
-            picture.text(148 + last * scale + 8, y + 13.5, times, "c1 bold end", 13, "start", more)
+            words = f"{last} steps, {tokens / last:.1f} times fewer"
+            picture.text(x + 8, y + 13.5, words, "c1 bold end", 13, "start", appears)
         else:
-            picture.text(148 + last * scale - 8, y + 13.5, f"{last} steps", "bg bold end", 13, "end", more)
-    picture.text(136, top + 64, "engine steps", "dim", 11, "end")
+            picture.text(x - 8, y + 13.5, f"{last} steps", "bg bold end", 13, "end", appears)
     picture.height = top + 80
 
     # Whoever asked for less motion gets the end of it.
@@ -513,29 +538,25 @@ def draw_hero(problem, data):
 
 def draw_kv(problem, data):
     """The row of KV memory at some moments, and the slots around the fork one by one."""
-    order = sorted(range(len(data["text"])), key=lambda token: data["step"][token])  # of arrival: stable
+    # Order of arrival: by step, and in the order of the text within one.
+    order = sorted(range(len(data["text"])), key=lambda token: data["step"][token])
     step, branch, text = ([data[key][token] for token in order] for key in ("step", "branch", "text"))
     slots = len(order)
+    last = max(step)
+
+    # The first block's fork and join, and what the engine wrote at the fork.
     fork = text.index("</guideline>")
     forked = step[fork]
     joined = step[text.index("<takeaway>")]
     k = max(b for b, s in zip(branch, step) if s <= joined)
-    middle = (forked + joined) // 2
+    opened = sum(b > 0 and s == forked for b, s in zip(branch, step))
     moments = (
         (0, "prompt", f"{data['prompt']} slots are prefilled; the response has none yet"),
         (forked - 1, "trunk", "a token a step, a slot a token"),
-        (
-            forked,
-            "fork",
-            f"{k} branches are opened by {3 * k} forced tokens in the same row: 0 bytes are copied",
-        ),
-        (middle, "branches", f"{k} tokens a step, one of each branch, side by side"),
-        (joined, "join", "<takeaway> is forced, and simply sees every slot: 0 tokens are computed anew"),
-        (
-            max(step),
-            "end",
-            f"{slots} tokens in {max(step)} steps; now the turn ends, and the whole row is free again",
-        ),
+        (forked, "fork", f"{opened} forced tokens open {k} branches in the same row: 0 bytes are copied"),
+        ((forked + joined) // 2, "branches", f"{k} tokens a step, one of each branch, side by side"),
+        (joined, "join", "<takeaway> is forced, and simply sees every slot: nothing is computed anew"),
+        (last, "end", f"{slots} tokens in {last} steps; the turn ends, and the whole row is free again"),
     )
     picture = Picture(1000, 0, "The row of KV memory in order of arrival")
     picture.text(24, 34, "One row of KV memory, in order of arrival", "fg bold", 18)
@@ -552,6 +573,8 @@ def draw_kv(problem, data):
         picture.rect(left - 36, y, 32, 20, "c0", 3, ' fill-opacity=".35"')
         picture.text(left - 20, y + 14, "prompt", "fg", 8.5, "middle")
         picture.rect(left, y, 976 - left, 20, "soft", 3)
+
+        # a rectangle for each run of slots of one branch
         filled = [b for b, s in zip(branch, step) if s <= moment]
         slot = 0
         for b, run in groupby(filled):
@@ -569,6 +592,8 @@ def draw_kv(problem, data):
     picture.text(24, y, "Around the fork, slot by slot", "fg bold", 15)
     for row, name in enumerate(("slot", "token", "branch", "position", "step")):
         picture.text(118, y + 28 + 22 * row, name, "dim", 12, "end")
+
+    # a column is a slot; tags are short for what the line below says
     for column, i in enumerate(shown):
         token = order[i]
         x = 128 + cell * column
@@ -582,7 +607,9 @@ def draw_kv(problem, data):
                 picture.text(x + cell / 2, y + 28 + 22 * row, str(number), "fg", 11, "middle")
     words = "s: <step>, /g: </guideline>. Pale is forced: the engine writes it where it becomes necessary."
     picture.text(128, y + 142, words, "dim", 12)
-    picture.height = y + 162
+    words = "What a step brings is stored, as keys and values, by the next one."
+    picture.text(128, y + 160, words, "dim", 12)
+    picture.height = y + 180
     return picture
 
 
@@ -590,6 +617,7 @@ def draw_kv(problem, data):
 # 5. What was measured
 # ==================================================================================================
 
+# Of each stage its number, its name, and its objective.
 STAGES = {
     "stage0": ("0", "The base", "next-token loss on responses"),
     "stage1": ("1", "NPR-ZERO", "DAPO, R = F if F < 0 else \u00b11; F: format score"),
@@ -655,12 +683,14 @@ def draw_pipeline(folder):
     for i, (stage, (number, name, objective)) in enumerate(STAGES.items()):
         args, log = stages[stage]
         x = 20 + i * (wide + 24)
-        colour = f"c{(0, 2, 5, 1)[i]}"
+        colour = SHOWN_AS.get(stage, SHOWN_AS["stage0, format"])[1]
         picture.rect(x, 20, wide, 318, "soft", 10)
         picture.rect(x, 20, wide, 6, colour, 3)
         picture.text(x + 16, 54, f"Stage {number}", f"{colour} bold", 13)
         picture.text(x + 16, 76, name, "fg bold", 18)
-        if i:  # what the stage before hands over
+
+        # an arrow from the stage whose weights it starts from
+        if i:
             picture.line([(x - 22, 170), (x - 5, 170)], "dim-line", 2)
             picture.line([(x - 11, 164), (x - 4, 170), (x - 11, 176)], "dim-line", 2)
 
@@ -673,6 +703,7 @@ def draw_pipeline(folder):
                 bend = [(end - 54, 60), (end - 44, 60), (end - 38, 60 + dy), (end - 16, 60 + dy)]
                 picture.line([*bend, (end - 10, 60), (end, 60)], f"{colour}-line", 2)
 
+        # What goes in; the number of weights is in the file's header.
         with safe_open(Path(folder) / stage / "model.safetensors", "np") as weights:
             size = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys()) / 1e6
         rows = (
@@ -693,6 +724,8 @@ def draw_pipeline(folder):
         result = accuracy.get(stage) or accuracy.get(f"{stage}, format")
         if result is None:
             raise UserError(f"{folder}/eval.json: {stage} is not judged in it")
+
+        # large what counts, small what it is
         picture.text(x + 16, 296, f"{result['accuracy']:.1%}".replace("%", " %"), f"{colour} bold", 27)
         picture.text(x + wide - 16, 296, spent, "fg bold", 15, "end")
         picture.text(x + 16, 318, "right" if i else "right, format asked", "dim", 11.5)
@@ -723,6 +756,7 @@ def draw_axes(picture, box, across, up, named, percent=False):
             y + height * (rows[-1] - b) / (rows[-1] - rows[0]),
         )
 
+    # a line for each round value up, a number for each across
     for value in rows:
         picture.line([(x, at(0, value)[1]), (x + width, at(0, value)[1])], "line-line", 1)
         label = f"{value:.0%}" if percent else f"{value:g}"
@@ -730,12 +764,15 @@ def draw_axes(picture, box, across, up, named, percent=False):
     for value in ticks(min(across), max(across), max(2, width // 70)):
         if value <= max(across):
             picture.text(at(value, 0)[0], y + height + 17, f"{value:g}", "dim", 11, "middle")
+
+    # the axes' names
     picture.text(x + width / 2, y + height + 35, named[0], "dim", 12, "middle")
     turned = f' transform="rotate(-90 {px(x - 46)} {px(y + height / 2)})"'
     picture.text(x - 46, y + height / 2, named[1], "dim", 12, "middle", turned)
     return at
 
 
+# Of each judgement its name in pictures, and its colour; a twin has its parallel sibling's.
 SHOWN_AS = {
     "stage0, plain": ("base, asked plainly", "c0"),
     "stage0, format": ("base, asked for the format", "c0"),
@@ -757,33 +794,26 @@ def draw_accuracy(folder):
 
     picture = Picture(1000, 470, "Accuracy against critical path")
     picture.text(24, 34, "How often right, and how soon", "fg bold", 18)
-    picture.text(
-        24,
-        56,
-        "Filled: decoded in parallel. Hollow: one token after another. Bars: 95 % intervals.",
-        "dim",
-        13,
-    )
-    paths = [result["critical path"] for result in results.values()]
-    bars = {
-        name: [r["accuracy"] + side * r["accuracy ci95"] for side in (1, -1)] for name, r in results.items()
-    }
-    bars = {name: [min(1.0, max(0.0, end)) for end in ends] for name, ends in bars.items()}
+    words = "Filled: decoded in parallel. Hollow: one token after another. Bars: 95 % intervals."
+    picture.text(24, 56, words, "dim", 13)
+
+    # Both ends of each interval, upper one first: the axis has to span them.
+    bars = {}
+    for name, r in results.items():
+        ends = (r["accuracy"] + r["accuracy ci95"], r["accuracy"] - r["accuracy ci95"])
+        bars[name] = [min(1.0, max(0.0, end)) for end in ends]
     spread = sum(bars.values(), [])
+    up = [max(0, min(spread) - 0.05), min(1, max(spread) + 0.05)]
+    across = [0, 1.12 * max(result["critical path"] for result in results.values())]
     named = ("critical path: tokens that have to wait for each other", "right answers")
-    at = draw_axes(
-        picture,
-        (84, 84, 880, 322),
-        [0, 1.12 * max(paths)],
-        [max(0, min(spread) - 0.05), min(1, max(spread) + 0.05)],
-        named,
-        True,
-    )
+    at = draw_axes(picture, (84, 84, 880, 322), across, up, named, percent=True)
 
     # The way that the stages take.
     way = [results[name] for name in ("stage0, format", "stage1", "stage2", "stage3") if name in results]
     points = [at(result["critical path"], result["accuracy"]) for result in way]
     picture.line(points, "dim-line", 1.5, ' stroke-dasharray="1 5" stroke-linecap="round"')
+
+    # the points, and their intervals
     taken = []  # boxes (left, top, right, bottom) of points, and of the labels so far
     for name, result in results.items():
         colour = SHOWN_AS[name][1]
@@ -801,9 +831,12 @@ def draw_accuracy(folder):
         wide = 7.7 * len(words)
         x = min(max((left + right - wide) / 2, 88), 980 - wide)
         y = (top + bottom) / 2 - 8
+
+        # above even if nothing is free
         places = [(x, top - 20), (x, bottom + 4), (right + 5, y), (left - 5 - wide, y)]
         boxes = [(x, y, x + wide, y + 17) for x, y in places]
-        free = [box for box in boxes if box[3] < 406 and not any(overlap(box, other) for other in taken)]
+        inside = [box for box in boxes if box[0] >= 88 and box[2] <= 980 and box[3] <= 406]
+        free = [box for box in inside if not any(overlap(box, other) for other in taken)]
         box = (free or boxes)[0]
         taken.append(box)
         picture.text(box[0] + wide / 2, box[1] + 13, words, f"{colour} bold halo", 13, "middle")
@@ -815,7 +848,7 @@ def overlap(box, other):
     return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
 
 
-# Panels of the curves: stage, what is drawn {key: (name, colour)}, name of the axis, whether a share.
+# Panels of the curves: stage, what is drawn {key: (name, colour)}, the axis' name, whether a share.
 PANELS = (
     ("stage0", {"loss": ("loss", "c0")}, "nats a token", False),
     ("stage1", {"accuracy": ("accuracy", "c1"), "valid": ("valid", "c3")}, "share of samples", True),
@@ -837,38 +870,34 @@ def draw_curves(folder):
         y = 78 + 306 * (i // 3)
         logs = [read_jsonl(other / stage / "log.jsonl") for other in others] + [stages[stage][1]]
         logs = [log for log in logs if log]
+
+        # the run itself comes last, and so is drawn above the others
         rows = logs[-1]
         picture.text(x - 50, y - 44, f"Stage {STAGES[stage][0]}, {STAGES[stage][1]}", "fg bold", 14)
 
-        # Values that all curves of the panel have to find room for; the base's beside those on answers.
-        dotted = base and {"accuracy": base["accuracy"], "valid": base["valid"]}.get(next(iter(curves)))
+        # Values that all curves of the panel have to find room for.
         drawn = {key: [smooth(log, key) for log in logs] for key in curves if key in rows[0]}
-        values = [value for lines in drawn.values() for line in lines for value in line]
-        low = 0 if share or axis == "tokens" else min(values)
-        at = draw_axes(
-            picture,
-            (x, y, 230, 190),
-            [0, rows[-1]["step"]],
-            [low, max(1.0 * share, *values)],
-            ("step", axis),
-            share,
-        )
+        values = [0.0, 1.0 * share] + [value for lines in drawn.values() for line in lines for value in line]
+        last = rows[-1]["step"]
+        at = draw_axes(picture, (x, y, 230, 190), [0, last], values, ("step", axis), percent=share)
+
+        # One colour a number, explained in a line of keys above the panel.
         left = x - 50
         for key, lines in drawn.items():
             name, colour = curves[key]
             for log, line in zip(logs, lines):
                 points = [at(row["step"], value) for row, value in zip(log, line)]
-                thin = log is not rows
-                picture.line(
-                    points, f"{colour}-line", 1 if thin else 2.2, ' stroke-opacity=".45"' if thin else ""
-                )
+                width, more = (2.2, "") if log is rows else (1, ' stroke-opacity=".45"')
+                picture.line(points, f"{colour}-line", width, more)
             picture.line([(left, y - 24), (left + 18, y - 24)], f"{colour}-line", 3)
             picture.text(left + 24, y - 20, name, colour, 12)
             left += 40 + 6.6 * len(name)
-        if share and dotted:
-            ends = [at(0, dotted), at(rows[-1]["step"], dotted)]
-            picture.line(ends, "c0-line", 2, ' stroke-dasharray="2 4"')
-            picture.line([(left, y - 24), (left + 18, y - 24)], "c0-line", 2, ' stroke-dasharray="2 4"')
+
+        # The base, as the judge found it, dotted.
+        if share and base:
+            dotted = [at(0, base["accuracy"]), at(last, base["accuracy"])]
+            for points in (dotted, [(left, y - 24), (left + 18, y - 24)]):
+                picture.line(points, "c0-line", 2, ' stroke-dasharray="2 4"')
             picture.text(left + 24, y - 20, "accuracy of the base", "c0", 12)
     words = "Means of each step and its neighbours."
     if others:
@@ -878,7 +907,7 @@ def draw_curves(folder):
 
 
 def smooth(log, key):
-    """A logged number as a running mean: over the five steps around each, or a fiftieth of a long log."""
+    """A logged number as a running mean: over the five steps around each, or more of a long log."""
     values = np.array([row[key] for row in log])
     half = max(2, len(values) // 50)
     return [float(values[max(0, i - half) : i + half + 1].mean()) for i in range(len(values))]
@@ -952,8 +981,8 @@ def parse_args(argv=None):
     )
     # fmt: off
     p.add_argument("what", choices=(*PICTURES, "all", "summary"), help="which picture, or the table over seeds")
-    p.add_argument("folders", nargs="*", default=["out"], help="of a run: stage0 .. stage3, eval.json, perhaps seed1 .. and twins; for a summary several")
-    p.add_argument("--init", default=None, help="checkpoint that decodes the built-in question; without one out/stage3, else the shipped one")
+    p.add_argument("folders", nargs="*", default=["out"], help="of a run, with stage0 .. stage3 and eval.json; for a summary several")
+    p.add_argument("--init", default=None, help="checkpoint that decodes; without one out/stage3, else the shipped one")
     p.add_argument("--out", default="assets/figures", help="folder to write pictures to")
     # fmt: on
     return p.parse_args(argv)

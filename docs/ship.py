@@ -40,7 +40,7 @@ def ship(source, target):
 
 
 def greedy_answers(path, problems):
-    """Token ids of a greedy response to every problem, in the last mode that eval.py would judge."""
+    """Token ids of a greedy response to every problem, in the last mode that it is judged in."""
     _, mode = judge.modes_of(str(path))[-1]
     args = judge.parse_args([str(path)])
     rollouts = judge.decode(Engine(*load(path)), problems, mode, args, temperature=0.0, progress=False)
@@ -50,6 +50,8 @@ def greedy_answers(path, problems):
 def main():
     if len(sys.argv) != 3:
         raise UserError(f"usage: {Path(sys.argv[0]).name} FOLDER_OF_A_RUN FOLDER_TO_SHIP")
+
+    # of each stage its size, and what rounding has done to its answers
     problems = make_problems("all", "heldout", 60, 0)
     for stage in STAGES:
         source, target = (Path(folder) / stage for folder in sys.argv[1:])

@@ -45,7 +45,9 @@ def decode(model, tokenizer, kind=ScriptedEngine):
 
 def test_a_run_of_ones_own_goes_before_what_is_shipped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert [(tmp_path / folder).resolve() for folder in stage0.trained("stage3")] == [SHIPPED / "stage3"]
+    assert [(tmp_path / folder).resolve() for folder in stage0.trained("stage3")] == [
+        (SHIPPED / "stage3").resolve()
+    ]
     for stage in ("stage0", "stage3"):
         (tmp_path / "out" / stage).mkdir(parents=True)
     (tmp_path / "out" / "stage3" / "model.safetensors").touch()

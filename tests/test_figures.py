@@ -258,9 +258,8 @@ def test_the_film_of_the_kv_row_shows_the_fork_in_order_of_arrival(scripted, tmp
     _, data = scripted
     shown = texts(draw("kv", tmp_path, tmp_path, monkeypatch))
     start = shown.index("step", shown.index("Around the fork, slot by slot")) + 1
-    columns = [
-        shown[i : i + 5] for i in range(start, len(shown) - 1, 5)
-    ]  # token, slot, branch, position, step
+    # two lines of explanation follow; of a column: token, slot, branch, position, step
+    columns = [shown[i : i + 5] for i in range(start, len(shown) - 2, 5)]
     tokens = [column[0] for column in columns]
     fork = tokens.index("/g")
     assert tokens[fork : fork + 12] == ["/g", *"s1:s2:s3:", "A", "C"]
