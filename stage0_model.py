@@ -1803,7 +1803,8 @@ RUN_FILES = (
 
 # Settings that may change when a run goes on: where it computes, how often it saves, and where
 # files lie.  What was read is compared by its content.
-NO_DIFFERENCE = {"out", "device", "save_every", "micro_tokens", "recompute", "init", "data", "prompt_file"}
+NO_DIFFERENCE = {"out", "device", "save_every", "micro_tokens", "recompute"}
+NO_DIFFERENCE |= {"init", "start", "data", "prompt_file"}
 
 
 def fingerprint(value):
@@ -1856,10 +1857,11 @@ class Run:
         if self.path.is_file():
             raise UserError(f"--out {args.out} is a file; expected a folder, or a name for a new one")
         folder = self.path.resolve()
-        if "init" in args:
-            read["init"] = checkpoint_folder(args.init).resolve()
-            if read["init"] in (folder, *folder.parents):
-                raise UserError(f"--out {args.out} is --init, or lies in it; give --out another folder")
+        for name in ("init", "start"):
+            given = getattr(args, name, "")
+            read[name] = checkpoint_folder(given).resolve() if given else given
+            if read[name] in (folder, *folder.parents):
+                raise UserError(f"--out {args.out} is --{name}, or lies in it; give --out another folder")
         inputs = {name: fingerprint(value) for name, value in read.items()}
 
         # every rank looks at the folder before rank 0 touches what is in it

@@ -10,10 +10,14 @@ L = -(1 / num_tokens) sum_t log p(y_t | what the layout lets it see), over token
 
     python stage2_beta.py                # reads out/stage1, writes out/stage2
     python stage2_beta.py --sequential --data out/stage2/data --out out/stage2_seq   # twin, SR-BETA
+    python stage2_beta.py --start out/stage0             # ZERO is sampled, the base fine-tuned
 
 Differences from the paper:
 (1) Tokens that the engine forces (`<step>`, its number, `<takeaway>`) carry no loss in parallel
     mode: they are never sampled, and a branch cannot know its number from what it sees.
+Difference from the authors' script:
+(1) It fine-tunes the instruction-tuned base on what ZERO wrote; here ZERO itself goes on
+    (--start with the base is their way).
 """
 
 import json
@@ -286,6 +290,7 @@ def epoch_batches(examples, batch_tokens, seed, epoch):
 # fmt: off
 ARGUMENTS = (
     ("--init",            nonempty,       "out/stage1", "checkpoint that is sampled and then fine-tuned: folder or hub name"),
+    ("--start",           str,            "",           "fine-tune this checkpoint instead of the one that is sampled"),
     ("--out",             nonempty,       "out/stage2", "folder to write the checkpoint to"),
     ("--kind",            KIND_CHOICES,   "all",        "problems to sample"),
     ("--data",            str,            "",           "real problems as in stage 1, or samples to learn from (rows with a `response`)"),
@@ -328,9 +333,12 @@ def main():
     device = pick_device(args.device)
     args.micro_tokens = args.micro_tokens or default_micro_tokens(device)
 
-    # The checkpoint is sampled first and trained afterwards: one set of weights for both.
+    # The checkpoint is sampled first and trained afterwards: one set of weights for both.  Another
+    # one to train waits in the CPU's memory.
     print_inherited(args.init)
-    model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
+    dtype = getattr(torch, args.dtype, None)
+    model, tokenizer = load(args.init, device, dtype)
+    start = load(args.start, "cpu", dtype) if args.start else (model, tokenizer)
     rows, data, format_prompt = read_inputs(args)
     run = Run(args, data=rows or data, prompt_file=format_prompt)
 
@@ -338,7 +346,8 @@ def main():
     rows = rows or sampled_rows(args, run, model, tokenizer, data, format_prompt)
 
     # ---- tag tokens: the engine forks and joins on single tokens, so responses must have them ----
-    add_tag_tokens(model, tokenizer)
+    model, tokenizer = start
+    add_tag_tokens(model.to(device), tokenizer)
     examples = []
     learned = []  # of each example, (T,) bool: True where a token of its response carries loss
     for number, row in enumerate(rows):

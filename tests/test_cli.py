@@ -109,6 +109,8 @@ MISTAKES = [
     ("stage1_zero.py --init {done} --out {done}/../done", "is --init, or lies in it"),
     ("stage1_zero.py --init {done} --out {done}/next", "is --init, or lies in it"),
     ("stage2_beta.py --init {done} --out {done}", "is --init, or lies in it"),
+    ("stage2_beta.py --init {plain} --start {done} --out {done}", "is --start, or lies in it"),
+    ("stage2_beta.py --init {plain} --start {t}/nowhere --out {done}", "no such checkpoint folder"),
     ("stage3_papo.py --init {tagged} --out {tagged}", "is --init, or lies in it"),
     ("stage3_papo.py --init {tagged} --out {link}", "is --init, or lies in it"),
     (
