@@ -1796,7 +1796,7 @@ def read_prompt(prompt_file, data, path=None):
 
 # What a run writes into its folder.  Nothing else there is ever touched.
 RUN_FILES = (
-    *("args.json", "inputs.json", "log.jsonl", "episodes.txt", "rejection.json", "data", "resume"),
+    *("args.json", "inputs.json", "log.jsonl", "episodes.txt", "rejection.json", "data", "resume", "adapter"),
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "model.safetensors"),
 )
@@ -1949,9 +1949,9 @@ class Run:
         # weights_only: tensors and numbers are read, nothing that a pickle could run
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
         with torch.no_grad():
-            for name, p in model.named_parameters():
+            for name, p in trained(model).items():
                 p.copy_(state["weights"][name])
-                master(p).copy_(state["weights"][name])
+        put_back(model)
 
         # the groups are this run's, with the rates that it was given
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -1989,7 +1989,7 @@ class Run:
         """Write what `start` reads back."""
         episodes = self.path / "episodes.txt"
         state = {
-            "weights": {name: master(p).detach() for name, p in model.named_parameters()},
+            "weights": {name: p.detach() for name, p in trained(model).items()},
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step,
             "episodes": episodes.stat().st_size if episodes.is_file() else 0,  # bytes
@@ -2032,6 +2032,9 @@ class Run:
     def finish(self, model, tokenizer):
         """Write the stage's checkpoint and drop `resume/`."""
         if self.writes:
+            if getattr(self.args, "lora", 0):
+                base = getattr(self.args, "start", "") or self.args.init
+                save_adapter(model, tokenizer, self.args.lora, base, self.path / "adapter")
             save(model, tokenizer, self.path)
             shutil.rmtree(self.path / "resume", ignore_errors=True)
         from_all_ranks([])  # now every rank finds it
@@ -2041,43 +2044,147 @@ class Run:
 # ---- optimizers ----
 
 
-def master(p):
-    """The fp32 copy of a parameter that the optimizers step; of an fp32 parameter, itself."""
-    return getattr(p, "master", p)
+def trained(model):
+    """{name: fp32 tensor} of all that is stepped: parameters, or what stands in for them."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors |= getattr(p, "parts", {name: p})
+    return tensors
+
+
+def stand_in(p, parts, gradients, put_back):
+    """Have `parts`, {name: fp32 tensor}, trained instead of a parameter.
+
+    gradients(G): theirs, given the parameter's.  put_back(): makes the parameter what they say.
+    """
+
+    def hand_over(p):
+        for part, grad in zip(parts.values(), gradients(p.grad)):
+            part.grad = grad.float() if part.grad is None else part.grad.add_(grad)
+        p.grad = None
+
+    p.parts = parts
+    p.put_back = put_back
+    p.register_post_accumulate_grad_hook(hand_over)
+
+
+@torch.no_grad()
+def put_back(model):
+    """Every parameter becomes what stands in for it says."""
+    for p in model.parameters():
+        if hasattr(p, "put_back"):
+            p.put_back()
+
+
+# LoRA (arXiv 2106.09685): of a projection's matrix W_0 only a change of rank R is trained,
+# W = W_0 + (alpha / R) B A.  The model's weight is W itself at all times, so it samples and learns
+# as without adapters; and a step costs what it did, but for optimizer state and masters.
+
+LORA_ALPHA = 32  # at one alpha the best learning rate hardly depends on R
+
+
+def tag_rows(tokenizer):
+    """Ids of the tags that are tokens: none in stages 0 and 1."""
+    return sorted(i for token, i in tokenizer.get_vocab().items() if ANY_TAG.fullmatch(token))
+
+
+def projections(model):
+    """(name of the module, its matrix (out, in)) of every projection of every layer."""
+    for name, p in model.named_parameters():
+        if name.startswith("model.layers.") and p.dim() == 2:
+            yield name.removesuffix(".weight"), p
+
+
+@torch.no_grad()
+def add_adapters(model, tokenizer, R, seed):
+    """Freeze the model but for adapters of rank R, and the rows of tags that are tokens."""
+    rng = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.requires_grad_(False)
+        p.parts = {}
+
+    # B is zero at first, so training begins with the base itself
+    def adapt(name, p):
+        base = p.detach().clone()
+        scale = LORA_ALPHA / R
+        bound = p.shape[1] ** -0.5
+        A = torch.empty(R, p.shape[1]).uniform_(-bound, bound, generator=rng).to(p.device)
+        B = torch.zeros(p.shape[0], R, device=p.device)
+
+        # dL/dA = (alpha / R) B' G and dL/dB = (alpha / R) G A', where G = dL/dW
+        def gradients(G):
+            G = scale * G.float()  # (out, in)
+            return B.T @ G, G @ A.T
+
+        parts = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        stand_in(p, parts, gradients, lambda: p.copy_(base + scale * (B @ A)))
+
+    # the tags' own rows, of the embedding and of an untied output matrix
+    def free_rows(name, p):
+        part = p.detach()[rows].float()
+        parts = {f"{name}.token_adapter.trainable_tokens_delta": part}
+        stand_in(p, parts, lambda G: [G[rows]], lambda: p.index_copy_(0, rows, part.to(p.dtype)))
+
+    for name, p in projections(model):
+        adapt(name, p.requires_grad_())
+    rows = torch.tensor(tag_rows(tokenizer), device=model.device)
+    for name, p in model.named_parameters():
+        if len(rows) and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            free_rows(name.removesuffix(".weight"), p.requires_grad_())
+
+
+def save_adapter(model, tokenizer, R, base, path):
+    """Write adapters of rank R as a folder that `peft` opens on top of the checkpoint `base`."""
+    path.mkdir(exist_ok=True)
+    tokenizer.save_pretrained(path)  # by which peft knows of the tags
+    weights = {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in trained(model).items()}
+    write_atomic(path / "adapter_model.safetensors", lambda file: save_file(weights, file))
+    module = {name: name.split(".")[-3] for name in weights}  # q_proj, .., embed_tokens
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": R,
+        "lora_alpha": LORA_ALPHA,
+        "target_modules": sorted({module[name] for name in weights if "lora_A" in name}),
+        "trainable_token_indices": {module[name]: tag_rows(tokenizer) for name in weights if "token" in name}
+        or None,
+    }
+    write_json(path / "adapter_config.json", config)
 
 
 def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0):
-    """AdamW on everything; with muon_lr > 0, Muon on the layers' matrices and AdamW on the rest.
+    """AdamW on all that is trained; with muon_lr > 0, Muon on the layers' matrices and AdamW on the
+    rest.
 
     gain_factor: the last norm's gains, which are the scale of the logits, learn so many times
     faster.  They are of size 1 where a matrix's entries are of 0.05, so at the same rate they
     hardly move; and every token has a say in each, so their gradient is the least noisy of all.
 
-    A weight that is not fp32 gets an fp32 master, `p.master`: added to a bf16 weight, a step of
-    less than 1/256 of it is rounded away.  Backward adds its gradients up in the master's, the
-    optimizers step the masters, and `update` rounds them back into the model.
+    A weight that is not fp32 gets an fp32 master: added to a bf16 weight, a step of less than 1/256
+    of it is rounded away.  Backward adds its gradients up in the master's, the optimizers step the
+    masters, and `update` rounds them back into the model.
     """
 
-    def hand_over(p):
-        p.master.grad = p.grad.float() if p.master.grad is None else p.master.grad.add_(p.grad)
-        p.grad = None
+    def add_master(name, p):
+        master = p.detach().float()
+        stand_in(p, {name: master}, lambda G: [G], lambda: p.copy_(master))
 
-    for p in model.parameters():
-        if p.dtype != torch.float32:
-            p.master = p.detach().float()
-            p.register_post_accumulate_grad_hook(hand_over)
+    for name, p in model.named_parameters():
+        if p.dtype != torch.float32 and not hasattr(p, "parts"):
+            add_master(name, p)
 
     # Muon steps matrices inside the layers; embeddings, norms and the output matrix are AdamW's
-    trained = {name: master(p) for name, p in model.named_parameters()}
-    gain = trained.pop("model.norm.weight")
-    inside = [name for name in trained if name.startswith("model.layers.") and trained[name].dim() == 2]
-    matrices = [trained.pop(name) for name in inside if muon_lr]
+    rest = trained(model)
+    gain = [rest.pop(name) for name in ("model.norm.weight",) if name in rest]
+    inside = [name for name in rest if name.startswith("model.layers.") and rest[name].dim() == 2]
+    matrices = [rest.pop(name) for name in inside if muon_lr]
     gain_lr = gain_factor * lr
 
     # schedules are factors of each group's `base_lr` (`set_lr`)
     groups = [
-        {"params": list(trained.values()), "lr": lr, "base_lr": lr},
-        {"params": [gain], "lr": gain_lr, "base_lr": gain_lr},
+        {"params": list(rest.values()), "lr": lr, "base_lr": lr},
+        {"params": gain, "lr": gain_lr, "base_lr": gain_lr},
     ]
     optimizers = [torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)]
     if muon_lr:
@@ -2100,21 +2207,19 @@ def update(model, optimizers):
     Each rank's loss is divided by the token count of the *whole* batch, so gradients are summed and
     not averaged.
     """
-    trained = [master(p) for p in model.parameters()]
+    stepped = trained(model).values()
     if dist.is_initialized():
-        for p in trained:
+        for p in stepped:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without work
             dist.all_reduce(p.grad)
-    norm = nn.utils.clip_grad_norm_(trained, 1.0).item()
+    norm = nn.utils.clip_grad_norm_(stepped, 1.0).item()
     if not math.isfinite(norm):
         return norm  # such a step is not taken, and `Run.log` stops the run
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
 
-    # masters are rounded back into the weights
-    for p in model.parameters():
-        p.data.copy_(master(p))
+    put_back(model)
     finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
     return norm if finite else math.nan
 

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from engine import Engine, Example, Rollout, batches, token_logprobs
 from stage0_model import ANY_TAG, KIND_CHOICES, draw_problems, read_problems, read_prompt  # questions
 from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
-from stage0_model import default_micro_tokens, make_optimizers, recompute_activations, set_lr  # optimisation
-from stage0_model import update
+from stage0_model import add_adapters, default_micro_tokens, make_optimizers  # optimisation
+from stage0_model import recompute_activations, set_lr, update
 from stage0_model import DTYPES, OVERWRITE, device_name, fraction, group_int, natural_int, nonempty  # flags
 from stage0_model import not_negative, positive_float, positive_int, seed_int
 from stage0_model import Run, UserError, from_all_ranks, my_share, pick_device, ranks  # the run
@@ -386,6 +386,7 @@ ARGUMENTS = (
     ("--overlong-buffer", positive_int,   128,          "tokens before the budget over which the overlong penalty grows"),
     ("--temperature",     positive_float, 1.0,          "of the rollouts; 1 keeps the old log-probabilities exact"),
     ("--micro-tokens",    natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
+    ("--lora",            natural_int,    0,            "R: train adapters of that rank, at about ten times the rate; 0: all weights"),
     ("--recompute",       bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
     ("--dtype",           DTYPES,         "auto",       "of the weights; auto: what config.json says"),
     ("--save-every",      positive_int,   10,           "steps between resume points, and between episode dumps"),
@@ -420,6 +421,8 @@ def main():
 
     # One set of weights samples and learns: the engine decodes with the very model that is trained.
     engine = Engine(model, tokenizer)
+    if args.lora:
+        add_adapters(model, tokenizer, args.lora, args.seed)
     optimizers = make_optimizers(model, args.lr)
     if args.recompute:
         recompute_activations(model)

@@ -40,7 +40,8 @@ from stage0_model import DTYPES, OVERWRITE, device_name, natural_int, nonempty, 
 from stage0_model import positive_float, positive_int, seed_int
 from stage0_model import Run, UserError, from_all_ranks, my_share, print_inherited, read_arguments  # run
 from stage0_model import read_jsonl, run_main, write_json, write_text
-from stage0_model import default_micro_tokens, make_optimizers, ranks, recompute_activations, set_lr, update
+from stage0_model import add_adapters, default_micro_tokens, make_optimizers  # optimisation
+from stage0_model import ranks, recompute_activations, set_lr, update
 from stage1_zero import parse_response
 
 # ==================================================================================================
@@ -309,6 +310,7 @@ ARGUMENTS = (
     ("--micro-tokens",    natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
     ("--lr",              positive_float, 2e-3,         "peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model"),
     ("--muon-lr",         not_negative,   2e-3,         "peak Muon learning rate of the matrices; 0: AdamW does it all"),
+    ("--lora",            natural_int,    0,            "R: train adapters of that rank, at about ten times the rate; 0: all weights"),
     ("--recompute",       bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
     ("--dtype",           DTYPES,         "auto",       "of the weights; auto: what config.json says"),
     ("--save-every",      positive_int,   100,          "updates between resume points"),
@@ -363,6 +365,8 @@ def main():
     )
 
     # ---- train: the optimizers are made only now, because new tokens can mean new parameters ----
+    if args.lora:
+        add_adapters(model, tokenizer, args.lora, args.seed)
     optimizers = make_optimizers(model, args.lr, args.muon_lr)
     if args.recompute:
         recompute_activations(model)
