@@ -1955,8 +1955,11 @@ class Run:
 
         # the groups are this run's, with the rates that it was given
         for optimizer, saved in zip(optimizers, state["optimizers"]):
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(saved | {"param_groups": groups})
+            for group, there in zip(optimizer.param_groups, saved["param_groups"]):
+                there |= {key: group[key] for key in group if key != "params"}
+            optimizer.load_state_dict(saved)
+            if hasattr(optimizer, "consolidate_state_dict"):
+                optimizer.state.clear()  # a second copy: the shared-out state is in optimizer.optim
 
         # what was logged after the checkpoint is going to be logged again
         step = state["step"]
@@ -1988,13 +1991,16 @@ class Run:
     def checkpoint(self, model, optimizers, step):
         """Write what `start` reads back."""
         episodes = self.path / "episodes.txt"
-        state = {
-            "weights": {name: p.detach() for name, p in trained(model).items()},
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step,
-            "episodes": episodes.stat().st_size if episodes.is_file() else 0,  # bytes
-        }
+        for optimizer in optimizers:
+            if hasattr(optimizer, "consolidate_state_dict"):
+                optimizer.consolidate_state_dict()  # the shares of all ranks, on rank 0
         if self.writes:
+            state = {
+                "weights": {name: p.detach() for name, p in trained(model).items()},
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "step": step,
+                "episodes": episodes.stat().st_size if episodes.is_file() else 0,  # bytes
+            }
             write_atomic(self.state_file, lambda file: torch.save(state, file))
 
     def log(self, **row):
@@ -2186,11 +2192,22 @@ def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0):
         {"params": list(rest.values()), "lr": lr, "base_lr": lr},
         {"params": gain, "lr": gain_lr, "base_lr": gain_lr},
     ]
-    optimizers = [torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)]
+    optimizers = [shared_out(torch.optim.AdamW, groups, betas=betas, weight_decay=0.0)]
     if muon_lr:
         groups = [{"params": matrices, "lr": muon_lr, "base_lr": muon_lr}]
-        optimizers.append(torch.optim.Muon(groups, weight_decay=0.01))
+        optimizers.append(shared_out(torch.optim.Muon, groups, weight_decay=0.01))
     return optimizers
+
+
+def shared_out(kind, groups, **settings):
+    """An optimizer.  Of several ranks each keeps the state of its share of the tensors (ZeRO stage
+    1, arXiv 1910.02054), steps those, and sends them to the others.
+    """
+    if not dist.is_initialized():
+        return kind(groups, **settings)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # a second that only ranks pay for
+
+    return ZeroRedundancyOptimizer(groups, kind, **settings)
 
 
 def set_lr(optimizers, factor):
@@ -2260,7 +2277,8 @@ def pad_rows(rows, value, length=0):
 # Data parallelism in four functions.  Every rank holds the whole model and decodes its share of the
 # prompts; the finished rollouts go to all ranks, so rewards, advantages and token counts are worked
 # out on the whole batch by the very code a single process runs; then each rank runs its share of
-# the forward and backward passes, and the gradients are added up (`update`).
+# the forward and backward passes, and the gradients are added up (`update`).  Only the optimizers'
+# state is shared out (`shared_out`).
 
 
 def ranks():
