@@ -562,12 +562,27 @@ class Stats:
     seconds: float = 0.0
 
 
+MAX_KV_TOKENS = 2**18
+
+
+def planned_kv_tokens(model):
+    """Slots of the KV memory: a quarter of the free CUDA memory, or of all RAM."""
+    weight = model.model["embed_tokens"].weight
+    config = model.config
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weight.is_cuda:
+        torch.cuda.empty_cache()  # what an engine before this one has left counts as free
+        available = torch.cuda.mem_get_info(weight.device)[0]
+    return max(1024, min(MAX_KV_TOKENS, available // 4 // (elements * weight.element_size())))
+
+
 class Engine:
     """Decode many requests at once, sequentially or in parallel branches, within a fixed KV budget.
 
-    kv_tokens: slots of the KV memory; default a quarter of the free CUDA memory, or of all RAM, at
-    most 2^18.  max_rows: most requests decoded together.  kernel: decode with the kernel and
-    captured graphs of section 7; default wherever they run, on CUDA.
+    kv_tokens: slots of the KV memory, by default as many as planned.  max_rows: most requests
+    decoded together.  kernel: decode with the kernel and captured graphs of section 7; default
+    wherever they run, on CUDA.
     """
 
     def __init__(self, model, tokenizer, kv_tokens=None, max_rows=256, kernel=None):
@@ -578,13 +593,7 @@ class Engine:
         weight = model.model["embed_tokens"].weight
 
         # The KV budget is planned up front, so that no request can run out of memory in the middle.
-        if kv_tokens is None:
-            elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-            available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            if weight.is_cuda:
-                torch.cuda.empty_cache()  # what an engine before this one has left counts as free
-                available = torch.cuda.mem_get_info(weight.device)[0]
-            kv_tokens = max(1024, min(2**18, available // 4 // (elements * weight.element_size())))
+        kv_tokens = kv_tokens or planned_kv_tokens(model)
 
         # Decode with section 7's kernel where it runs, else with plain PyTorch.
         if kernel is None:
@@ -1174,7 +1183,7 @@ def main():
     engine = (LiveEngine if live else Engine)(model, tokenizer)
 
     # A checkpoint from elsewhere has never seen the prompt of the made problems.
-    system = read_prompt(args.prompt_file, not read_object(f"{args.init}/args.json"), args.init)
+    system = read_prompt(args.prompt_file, not read_object(f"{args.init}/args.json", {}), args.init)
     prompt = prompt_ids(tokenizer, args.question, system)
     [[rollout]] = engine.generate(
         [prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed

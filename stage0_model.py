@@ -22,6 +22,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -996,8 +997,17 @@ not_negative = flag_type(float, lambda x: 0 <= x <= 1e12, "a finite number from 
 nonempty = flag_type(str, lambda x: x.strip() and "\0" not in x, "some text")
 device_name = flag_type(str, re.compile(r"auto|cpu|cuda(:\d{1,2})?").fullmatch, "auto, cpu, cuda, cuda:1 ..")
 
-# The last row of every stage's table.
-OVERWRITE = ("--overwrite", bool, False, "move a finished or another run in --out aside, to <out>.old-1")
+# The last rows of every stage's table.
+ASIDE = "move a finished or another run in --out aside, to <out>.old-1; stale: only one of other input files"
+RUN_FLAGS = (
+    (
+        "--track",
+        ("trackio", "wandb"),
+        "",
+        "send the rows of log.jsonl to this tracker too; it has to be installed",
+    ),
+    ("--overwrite", ("stale", "all"), "", ASIDE, {"nargs": "?", "const": "all"}),
+)
 
 
 # fmt: off
@@ -1017,7 +1027,7 @@ ARGUMENTS = (
     ("--save-every",      positive_int,   200,          "steps between resume points"),
     ("--seed",            seed_int,       0,            "seed of weights and data"),
     ("--device",          device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
-    OVERWRITE,
+    *RUN_FLAGS,
 )
 # fmt: on
 
@@ -1118,7 +1128,7 @@ def is_hub_name(path):
 # ---- load and save: the Hugging Face layout, safetensors only ----
 
 
-def checkpoint_folder(name):
+def checkpoint_folder(name, files=("*.json", "*.safetensors", "*.txt", "*.jinja")):
     """Path of a checkpoint's files: a folder that is here, or one that the hub gives."""
     path = Path(name)
     if path.is_dir():
@@ -1131,20 +1141,20 @@ def checkpoint_folder(name):
     from huggingface_hub import snapshot_download  # only needed, and only possible, with a network
 
     try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(str(name), allow_patterns=list(files)))
     except Exception as error:
         raise UserError(
             f"{name}: neither a folder here nor a model that the hub gives ({type(error).__name__})"
         )
 
 
-def read_json(file):
-    """The object in a JSON file of a checkpoint; UserError when it holds none."""
+def read_object(file, default=None):
+    """The object in a JSON file; where it holds none, the default, or without one UserError."""
     try:
-        return dict(json.loads(file.read_text()).items())
-    except (OSError, ValueError, AttributeError) as error:
+        return dict(json.loads(Path(file).read_bytes()).items())
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        if default is not None:
+            return default
         raise UserError(f"{file}: not a readable JSON object ({error}); copy or download it again")
 
 
@@ -1155,7 +1165,7 @@ def read_config(path):
         raise UserError(
             f"{file} is missing: expected a Hugging Face checkpoint; run the stage that writes it"
         )
-    raw = read_json(file)
+    raw = read_object(file)
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{file}: model_type is {family!r}, this project reads {', '.join(FAMILIES)}")
@@ -1199,7 +1209,7 @@ def read_weights(path):
     # a model of several shards has an index that names the file of each tensor, in this folder
     names = {"model.safetensors"}
     if index.is_file():
-        placed = read_json(index).get("weight_map")
+        placed = read_object(index).get("weight_map")
         names = set(map(str, placed.values())) if isinstance(placed, dict) else set()
         if not names or any(Path(name).name != name for name in names):
             raise UserError(f"{index}: weight_map must name files beside it; copy or download it again")
@@ -1252,7 +1262,7 @@ def read_tokenizer(path, config):
 
     # each names one token, several, or none
     generation = path / "generation_config.json"
-    more = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    more = read_object(generation).get("eos_token_id") if generation.is_file() else None
     ends = {tokenizer.eos_token_id}
     for named in (config.eos_token_id, more):
         ends.update(named if isinstance(named, list) else {named} - {None})
@@ -1368,15 +1378,6 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_object(file):
-    """The object of a JSON file; {} where there is none that can be read."""
-    try:
-        value = json.loads(Path(file).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def read_jsonl(path):
     """The objects of a jsonl file; what is none (a line cut off, damaged) is told and left out."""
     rows = []
@@ -1390,7 +1391,7 @@ def read_jsonl(path):
 
 def print_inherited(path):
     """One line on what the checkpoint at path was made with."""
-    made = read_object(Path(path) / "args.json")
+    made = read_object(Path(path) / "args.json", {})
     told = ", ".join(
         f"{key} {value}"
         for key, value in made.items()
@@ -1772,23 +1773,20 @@ def draw_problems(data, kind, n, seed):
 def read_prompt(prompt_file, data, path=None):
     """What asks for the format: the text of prompt_file.
 
-    By default what the checkpoint at `path` was trained to answer (`prompt_file` in its args.json);
-    else FORMAT_PROMPT, which the tiny base was brought up on, or with real data the instructions in
+    By default what the checkpoint at `path` was trained to answer, its prompt.txt; else
+    FORMAT_PROMPT, which the tiny base was brought up on, or with real data the instructions in
     assets/format_prompt.txt.  A text with {question} in it is the whole user turn, any other the
     system prompt.  Raises UserError when there is no such file.
     """
-    source = "--prompt-file"
-    if path and not prompt_file:
-        prompt_file = read_object(f"{path}/args.json").get("prompt_file")
-        source = f"{path}/args.json: prompt_file"
+    own = Path(path or "", "prompt.txt")
+    if path and not prompt_file and own.is_file():
+        prompt_file = own
     if not prompt_file and not data:
         return FORMAT_PROMPT
     file = Path(prompt_file or REAL_FORMAT_PROMPT_FILE)
     if not file.is_file():
-        raise UserError(
-            f"{source} {file}: no such file; give --prompt-file a text like {REAL_FORMAT_PROMPT_FILE}"
-        )
-    return file.read_text().strip()
+        raise UserError(f"--prompt-file {file}: no such file; expected a text like {REAL_FORMAT_PROMPT_FILE}")
+    return file.read_text(encoding="utf-8").strip()
 
 
 # ---- the run folder ----
@@ -1796,14 +1794,15 @@ def read_prompt(prompt_file, data, path=None):
 
 # What a run writes into its folder.  Nothing else there is ever touched.
 RUN_FILES = (
-    *("args.json", "inputs.json", "log.jsonl", "episodes.txt", "rejection.json", "data", "resume", "adapter"),
+    *("args.json", "inputs.json", "prompt.txt", "log.jsonl", "episodes.txt"),
+    *("rejection.json", "data", "resume", "adapter"),
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "model.safetensors"),
 )
 
 # Settings that may change when a run goes on: where it computes, how often it saves, and where
 # files lie.  What was read is compared by its content.
-NO_DIFFERENCE = {"out", "device", "save_every", "micro_tokens", "recompute"}
+NO_DIFFERENCE = {"out", "device", "save_every", "micro_tokens", "recompute", "track", "plan"}
 NO_DIFFERENCE |= {"init", "start", "data", "prompt_file"}
 
 
@@ -1840,11 +1839,11 @@ class Run:
     """A stage's output folder: args.json, inputs.json, log.jsonl, and `resume/` while it runs.
 
     The same settings go on with what is there; a run of others is refused, or moved aside with
-    --overwrite.  read: what the stage was given beside --init, by flag.  All ranks read here, rank
-    0 alone writes.
+    --overwrite.  model: what will be trained.  read: what the stage was given beside --init, by
+    flag.  All ranks read here, rank 0 alone writes.
     """
 
-    def __init__(self, args, **read):
+    def __init__(self, args, model=None, **read):
         self.args = args
         self.path = Path(args.out)
         self.state_file = self.path / "resume" / "state.pt"
@@ -1852,6 +1851,11 @@ class Run:
         self.began = time.time()
         self.writes = ranks()[0] == 0
         self.signal = 0  # that asked this run to stop
+        self.tracker = None
+        if args.track and importlib.util.find_spec(args.track) is None:
+            raise UserError(
+                f"--track {args.track} is not installed: pip install {args.track}, or leave it out"
+            )
 
         # the model that is read must not be the one that is written
         if self.path.is_file():
@@ -1870,13 +1874,18 @@ class Run:
             hold(folder)
         settings = {key: value for key, value in vars(args).items() if key != "overwrite"}
         aside = self.compare(settings, inputs)
+        self.check_disk(model, aside)
         from_all_ranks([])
+
+        # from here on it is this run's
         if self.writes:
             for name in self.present() if aside else ():
                 aside.mkdir(exist_ok=True)
                 os.rename(folder / name, aside / name)
             write_json(self.path / "args.json", settings)
             write_json(self.path / "inputs.json", inputs)
+            if "prompt_file" in read:
+                write_text(self.path / "prompt.txt", read["prompt_file"])  # whose file may be moved
         from_all_ranks([])  # nobody goes on before the folder is in order
 
     def present(self):
@@ -1884,12 +1893,27 @@ class Run:
         sampled = (self.path / "rejection.json").is_file()
         return [n for n in RUN_FILES if os.path.lexists(self.path / n) and (n != "data" or sampled)]
 
+    def check_disk(self, model, aside):
+        """Raise UserError where a resume point and the one before, or the weights, will not fit."""
+        if model is None:
+            return
+        state = 12 * num_trained(model, self.args.lora)  # bytes, with Adam's two moments
+        needed = state + max(state, sum(p.nbytes for p in model.parameters()))
+        if self.state_file.is_file() and not aside:
+            needed -= self.state_file.stat().st_size
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise UserError(
+                f"--out {self.path}: {needed / 1e9:.3f} GB will be written there, {free / 1e9:.3f} GB are "
+                "free; make room, or give another folder"
+            )
+
     def compare(self, settings, inputs):
         """Compare with the run that is in the folder: None to go on, or the folder to move it to.
 
         Exits where it is finished; raises UserError where it must not be touched.
         """
-        there = read_object(self.path / "args.json")
+        there = read_object(self.path / "args.json", {})
         free = NO_DIFFERENCE | ({"lr", "muon_lr"} if self.stopped.is_file() else set())
         changed = [
             f"--{key.replace('_', '-')} {there.get(key)}, now {value}"
@@ -1898,8 +1922,8 @@ class Run:
         ]
 
         # what was read, by its content; an account that an older run did not keep is no difference
-        read = read_object(self.path / "inputs.json")
-        changed += [
+        read = read_object(self.path / "inputs.json", {})
+        stale = [
             f"other content of --{key.replace('_', '-')}"
             for key in inputs
             if read.get(key, inputs[key]) != inputs[key]
@@ -1910,21 +1934,21 @@ class Run:
         finished = "model.safetensors" in present
         if present and "args.json" not in present:
             changed = [f"{present[-1]}, which no stage wrote"]
-        elif not finished and not (changed and {"resume", "data"} & set(present)):
+        elif not finished and not (changed + stale and {"resume", "data"} & set(present)):
             return None
 
         # resume/ is still there where a kill came right after the weights were written
-        elif not changed and not self.args.overwrite:
+        elif not changed + stale and self.args.overwrite != "all":
             # asked again for what there is: nothing is done, and that is no mistake
             print(f"{self.path} is finished, with these settings: nothing to do (--overwrite does it again)")
             shutil.rmtree(self.path / "resume", ignore_errors=True)
             sys.exit(0)
 
         # another run is there, or this one shall be done again
-        if not self.args.overwrite:
+        if not self.args.overwrite or (changed and self.args.overwrite == "stale"):
             what = "finished" if finished else "half-done"
             raise UserError(
-                f"--out {self.path} holds another run, {what} ({'; '.join(changed[:3])}); "
+                f"--out {self.path} holds another run, {what} ({'; '.join((changed + stale)[:3])}); "
                 "give another folder, or --overwrite to move it aside"
             )
         return old_name(self.path.resolve())
@@ -1936,6 +1960,11 @@ class Run:
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
+        if self.writes and self.args.track:
+            self.tracker = importlib.import_module(self.args.track)
+            self.tracker.init(project="npr", name=str(self.path), config=vars(self.args), resume="allow")
+
+        # without a resume point the run begins, and so do its files
         log = self.path / "log.jsonl"
         episodes = self.path / "episodes.txt"
         if self.writes:
@@ -2027,6 +2056,8 @@ class Run:
         if self.writes:
             with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(rounded) + "\n")
+        if self.tracker:
+            self.tracker.log(rounded, step=row["step"])
 
     def episodes(self, step, episodes):
         """Append three whole episodes to `episodes.txt`; each is (question, response, verdict)."""
@@ -2043,6 +2074,8 @@ class Run:
                 save_adapter(model, tokenizer, self.args.lora, base, self.path / "adapter")
             save(model, tokenizer, self.path)
             shutil.rmtree(self.path / "resume", ignore_errors=True)
+        if self.tracker:
+            self.tracker.finish()
         from_all_ranks([])  # now every rank finds it
         print(f"wrote {self.path} ({time.time() - self.began:.0f} s)")
 
@@ -2099,6 +2132,13 @@ def projections(model):
     for name, p in model.named_parameters():
         if name.startswith("model.layers.") and p.dim() == 2:
             yield name.removesuffix(".weight"), p
+
+
+def num_trained(model, R):
+    """How many numbers are trained: all, or those of adapters of rank R but for the tags' rows."""
+    if not R:
+        return sum(p.numel() for p in model.parameters())
+    return sum(R * sum(p.shape) for _, p in projections(model))
 
 
 @torch.no_grad()

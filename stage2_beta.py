@@ -36,13 +36,13 @@ from tqdm import tqdm
 from engine import TAGS, Engine, Example, MalformedTrajectory, batches, layout, tag_token_ids, token_logprobs
 from stage0_model import KIND_CHOICES, KINDS, draw_problems, read_problems, read_prompt, read_rows  # data
 from stage0_model import ANY_TAG, load, pick_device, prompt_ids, response_text  # model and text
-from stage0_model import DTYPES, OVERWRITE, device_name, natural_int, nonempty, not_negative  # flags
+from stage0_model import DTYPES, RUN_FLAGS, device_name, natural_int, nonempty, not_negative  # flags
 from stage0_model import positive_float, positive_int, seed_int
 from stage0_model import Run, UserError, from_all_ranks, my_share, print_inherited, read_arguments  # run
 from stage0_model import read_jsonl, run_main, write_json, write_text
 from stage0_model import add_adapters, default_micro_tokens, make_optimizers  # optimisation
 from stage0_model import ranks, recompute_activations, set_lr, update
-from stage1_zero import parse_response
+from stage1_zero import check_prompts, parse_response
 
 # ==================================================================================================
 # 1. Rejection sampling
@@ -162,6 +162,8 @@ def sampled_rows(args, run, model, tokenizer, data, format_prompt):
     parts = read_jsonl(kept)
     size = max(1, PART // args.samples)
     from_all_ranks([])  # every rank has read them before rank 0 writes more
+    if run.writes:
+        write_text(kept, "".join(json.dumps(part) + "\n" for part in parts))  # without a line cut off
     for first in range(len(parts) * size, len(problems), size):
         records, reasons = rejection_sample(
             engine,
@@ -175,10 +177,10 @@ def sampled_rows(args, run, model, tokenizer, data, format_prompt):
             args.keep_wrong,
             parallel=TAGS[0] in tokenizer.get_vocab() and not args.sequential,
         )
-        # a file of a few hundred lines is written anew each time
         parts.append({"records": records, "reasons": reasons})
         if run.writes:
-            write_text(kept, "".join(json.dumps(part) + "\n" for part in parts))
+            with open(kept, "a", encoding="utf-8") as file:
+                file.write(json.dumps(parts[-1]) + "\n")
 
     # All parts together; their reasons say what stage 1 still gets wrong.
     records = [record for part in parts for record in part["records"]]
@@ -316,7 +318,7 @@ ARGUMENTS = (
     ("--save-every",      positive_int,   100,          "updates between resume points"),
     ("--seed",            seed_int,       0,            "seed of problems, sampling and order"),
     ("--device",          device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
-    OVERWRITE,
+    *RUN_FLAGS,
 )
 # fmt: on
 
@@ -342,7 +344,9 @@ def main():
     model, tokenizer = load(args.init, device, dtype)
     start = load(args.start, "cpu", dtype) if args.start else (model, tokenizer)
     rows, data, format_prompt = read_inputs(args)
-    run = Run(args, data=rows or data, prompt_file=format_prompt)
+    if not rows:
+        check_prompts(model, tokenizer, data, format_prompt, args.max_new_tokens)
+    run = Run(args, start[0], data=rows or data, prompt_file=format_prompt)
 
     # ---- data: the model's own samples, so that only the layout is new to it ----
     rows = rows or sampled_rows(args, run, model, tokenizer, data, format_prompt)

@@ -33,11 +33,11 @@ from stage0_model import KIND_CHOICES, draw_problems, read_problems, read_prompt
 from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
 from stage0_model import add_adapters, default_micro_tokens, make_optimizers  # optimisation
 from stage0_model import recompute_activations, set_lr, update
-from stage0_model import DTYPES, OVERWRITE, device_name, group_int, natural_int, nonempty  # flags
+from stage0_model import DTYPES, RUN_FLAGS, device_name, group_int, natural_int, nonempty  # flags
 from stage0_model import not_negative, positive_float, positive_int, seed_int
 from stage0_model import Run, UserError, from_all_ranks, my_share, pick_device, ranks  # the run
 from stage0_model import read_arguments, run_main
-from stage1_zero import Judged, averages, batch_of, dapo_advantages, dapo_loss, format_score
+from stage1_zero import Judged, averages, batch_of, check_prompts, dapo_advantages, dapo_loss, format_score
 
 # ==================================================================================================
 # 1. PAPO
@@ -198,7 +198,7 @@ ARGUMENTS = (
     ("--save-every",       positive_int,   10,           "steps between resume points, and between episode dumps"),
     ("--seed",             seed_int,       0,            "seed of problems and sampling"),
     ("--device",           device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
-    OVERWRITE,
+    *RUN_FLAGS,
 )
 # fmt: on
 
@@ -225,7 +225,8 @@ def main():
     format_prompt = read_prompt(args.prompt_file, args.data)
     if not args.sequential:
         tag_token_ids(tokenizer)  # raises UserError where they are text
-    run = Run(args, data=data, prompt_file=format_prompt)
+    check_prompts(model, tokenizer, data, format_prompt, args.max_new_tokens)
+    run = Run(args, model, data=data, prompt_file=format_prompt)
 
     # One set of weights samples and learns: the engine decodes with the very model that is trained.
     engine = Engine(model, tokenizer)

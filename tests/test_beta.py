@@ -200,3 +200,38 @@ def test_start_is_fine_tuned_on_what_init_wrote(tmp_path, monkeypatch, capsys, p
     with pytest.raises(SystemExit):
         train("other", "--start", f"{tmp_path}/./base/")
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_samples_are_appended_part_by_part_and_a_line_cut_off_is_sampled_again(
+    tmp_path, monkeypatch, plain_tokenizer
+):
+    stage0.save(random_model(len(plain_tokenizer)), plain_tokenizer, tmp_path / "zero")
+    kept = tmp_path / "out" / "resume" / "samples.jsonl"
+    asked = []
+
+    def one_response(engine, problems, *_, **__):
+        asked.append(len(asked))
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        record = {"problem": problems[0].question, "response": RESPONSE, "tokens": 9}
+        return [record], {"accepted": 1}
+
+    whole = []  # how often the file is written from its beginning
+    write_text = stage2_beta.write_text
+    monkeypatch.setattr(stage2_beta, "write_text", lambda *a: (whole.append(a[0]), write_text(*a)))
+    monkeypatch.setattr(stage2_beta, "PART", 1)
+    monkeypatch.setattr(stage2_beta, "rejection_sample", one_response)
+    words = (
+        f"stage2 --init {tmp_path}/zero --out {tmp_path}/out --problems 6 --samples 1 --epochs 1 --device cpu"
+    )
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(KeyboardInterrupt):
+        stage2_beta.main()
+    lines = kept.read_bytes().splitlines(keepends=True)
+    assert whole == [kept] and len(lines) == 4
+    kept.write_bytes(b"".join(lines)[:-7])  # a kill in the middle of a line
+
+    stage2_beta.main()
+    assert whole == [kept] * 2 and len(asked) == 5 + 3
+    questions = datasets.load_from_disk(str(tmp_path / "out" / "data"))["problem"]
+    assert len(set(questions)) == 6 and not kept.exists()
