@@ -27,6 +27,9 @@ DONE   := model.safetensors
 # RANKS=2 runs every stage data-parallel on so many processes (GPUs, or shares of the CPU's cores)
 RANKS  ?= 1
 RUN    := $(PY) $(if $(filter-out 1,$(RANKS)),-m torch.distributed.run --standalone --nproc-per-node $(RANKS) --)
+# A checkpoint that was trained anew makes the stages after it stale: their old runs are moved aside, to <out>.old-1.
+# Of a mistake in the settings that is never done.  Where nothing has changed but the time, touch says so.
+STALE  := --overwrite stale
 
 all: $(OUT)/eval.json
 	@$(if $(SHOWN),,cat $(OUT)/eval.txt)
@@ -44,13 +47,16 @@ $(OUT)/stage0/$(DONE): | $(VENV)
 	$(RUN) stage0_model.py --out $(OUT)/stage0 $(STAGE0)
 
 $(OUT)/stage1/$(DONE): $(OUT)/stage0/$(DONE)
-	$(RUN) stage1_zero.py --init $(OUT)/stage0 --out $(OUT)/stage1 $(STAGE1)
+	$(RUN) stage1_zero.py --init $(OUT)/stage0 --out $(OUT)/stage1 $(STALE) $(STAGE1)
+	touch $@
 
 $(OUT)/stage2/$(DONE): $(OUT)/stage1/$(DONE)
-	$(RUN) stage2_beta.py --init $(OUT)/stage1 --out $(OUT)/stage2 $(STAGE2)
+	$(RUN) stage2_beta.py --init $(OUT)/stage1 --out $(OUT)/stage2 $(STALE) $(STAGE2)
+	touch $@
 
 $(OUT)/stage3/$(DONE): $(OUT)/stage2/$(DONE)
-	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(OUT)/stage3 $(STAGE3)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(OUT)/stage3 $(STALE) $(STAGE3)
+	touch $@
 
 $(OUT)/eval.json: $(OUT)/stage3/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0 $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3 --out $(OUT) $(EVAL)
@@ -134,10 +140,12 @@ $(SEEDS:%=$(OUT)/seed%/eval.json): $(OUT)/seed%/eval.json: $(OUT)/stage0/$(DONE)
 	$(RUN) eval.py $(@D)/stage1 $(@D)/stage2 $(@D)/stage3 --out $(@D) --timed 0 $(EVAL)
 
 $(OUT)/stage2_seq/$(DONE): $(OUT)/stage2/$(DONE)
-	$(RUN) stage2_beta.py --sequential --init $(OUT)/stage1 --data $(OUT)/stage2/data --out $(OUT)/stage2_seq $(STAGE2)
+	$(RUN) stage2_beta.py --sequential --init $(OUT)/stage1 --data $(OUT)/stage2/data --out $(OUT)/stage2_seq $(STALE) $(STAGE2)
+	touch $@
 
 $(OUT)/stage3_seq/$(DONE): $(OUT)/stage2_seq/$(DONE)
-	$(RUN) stage3_papo.py --sequential --init $(OUT)/stage2_seq --out $(OUT)/stage3_seq $(STAGE3)
+	$(RUN) stage3_papo.py --sequential --init $(OUT)/stage2_seq --out $(OUT)/stage3_seq $(STALE) $(STAGE3)
+	touch $@
 
 twins: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage2_seq $(OUT)/stage2 $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins $(EVAL)
@@ -154,7 +162,8 @@ ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))
 	$(RUN) eval.py $(ABLATIONS:%=$(OUT)/ablations/%) --out $(OUT)/ablations --n 501 --greedy 3 --timed 0 $(EVAL)
 
 $(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
-	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --steps 16 $(if $(filter-out papo,$*),--$*) $(if $(filter clip-updates,$*),3)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) $(STALE) --steps 16 $(if $(filter-out papo,$*),--$*) $(if $(filter clip-updates,$*),3)
+	touch $@
 
 # ---- evidence: every run and judgement behind docs/results.md, each resumable ----
 

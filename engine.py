@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from stage0_model import Problem, UserError, load, make_problems, pick_device, prompt_ids, read_arguments
-from stage0_model import read_object, read_prompt, response_text, run_main, trained
+from stage0_model import read_object, read_prompt, response_text, run_main, finished
 from stage0_model import attention, bucket, can_compile, pad_rows, uses_flex, visibility, visible_mask
 from stage0_model import write_text
 from stage0_model import device_name, natural_int, nonempty, not_negative, positive_float  # ranges
@@ -563,12 +563,27 @@ class Stats:
     seconds: float = 0.0
 
 
+MAX_KV_TOKENS = 2**18
+
+
+def planned_kv_tokens(model):
+    """Slots of the KV memory: a quarter of the free CUDA memory, or of all RAM."""
+    weight = model.model["embed_tokens"].weight
+    config = model.config
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weight.is_cuda:
+        torch.cuda.empty_cache()  # what an engine before this one has left counts as free
+        available = torch.cuda.mem_get_info(weight.device)[0]
+    return max(1024, min(MAX_KV_TOKENS, available // 4 // (elements * weight.element_size())))
+
+
 class Engine:
     """Decode many requests at once, sequentially or in parallel branches, within a fixed KV budget.
 
-    kv_tokens: slots of the KV memory; default a quarter of the free CUDA memory, or of all RAM, at
-    most 2^18.  max_rows: most requests decoded together.  kernel: decode with the kernel and
-    captured graphs of section 7; default wherever they run, on CUDA.
+    kv_tokens: slots of the KV memory, by default as many as planned.  max_rows: most requests
+    decoded together.  kernel: decode with the kernel and captured graphs of section 7; default
+    wherever they run, on CUDA.
     """
 
     def __init__(self, model, tokenizer, kv_tokens=None, max_rows=256, kernel=None):
@@ -579,13 +594,7 @@ class Engine:
         weight = model.model["embed_tokens"].weight
 
         # The KV budget is planned up front, so that no request can run out of memory in the middle.
-        if kv_tokens is None:
-            elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-            available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            if weight.is_cuda:
-                torch.cuda.empty_cache()  # what an engine before this one has left counts as free
-                available = torch.cuda.mem_get_info(weight.device)[0]
-            kv_tokens = max(1024, min(2**18, available // 4 // (elements * weight.element_size())))
+        kv_tokens = kv_tokens or planned_kv_tokens(model)
 
         # Decode with section 7's kernel where it runs, else with plain PyTorch.
         if kernel is None:
@@ -1192,13 +1201,13 @@ ARGUMENTS = (
 def main():
     args = read_arguments(__doc__, ARGUMENTS)
     device = pick_device(args.device)
-    init = args.init or trained("stage3")[0]
+    init = args.init or finished("stage3")[0]
     model, tokenizer = load(init, device)
     [problem] = [Problem("", args.question, "")] if args.question else make_problems(*BUILT_IN)
     print(f"question: {problem.question}\n")
 
     # A checkpoint from elsewhere has never seen the prompt of the made problems.
-    system = read_prompt(args.prompt_file, not read_object(f"{init}/args.json"), init)
+    system = read_prompt(args.prompt_file, not read_object(f"{init}/args.json", {}), init)
     prompt = prompt_ids(tokenizer, problem.question, system)
     settings = dict(temperature=args.temperature, seed=args.seed)
 

@@ -29,14 +29,7 @@ from tqdm import tqdm
 from engine import TAGS, Engine, Example, batches, token_logprobs, trace, trace_page
 from stage0_model import KIND_CHOICES, KINDS, SPLITS, make_problems, step_errors  # made problems
 from stage0_model import PLAIN_PROMPT, REAL_PLAIN_PROMPT, read_problems, read_prompt  # real ones, prompts
-from stage0_model import (
-    checkpoint_folder,
-    last_boxed,
-    load,
-    prompt_ids,
-    response_text,
-    trained,
-)  # model, text
+from stage0_model import checkpoint_folder, finished, last_boxed, load, prompt_ids, response_text  # models
 from stage0_model import DTYPES, device_name, natural_int, nonempty, not_negative, positive_fraction  # flags
 from stage0_model import positive_int, read_arguments, seed_int
 from stage0_model import UserError, fingerprint, from_all_ranks, hold, my_share, pick_device, ranks  # the run
@@ -181,7 +174,7 @@ def modes_of(spec):
         path, mode = spec, ""
     if mode not in ("", "plain", "format", "parallel"):
         raise UserError(f"{spec}: unknown mode {mode!r}, expected one of plain, format, parallel")
-    made = read_object(Path(path) / "args.json")
+    made = read_object(Path(path) / "args.json", {})
     vocabulary = next((file.read_text("utf-8") for file in Path(path).glob("tokenizer.json")), "")
 
     # Tags that are tokens, unless it is a twin: parallel.  Trained on top of something: not a base.
@@ -260,8 +253,8 @@ def agreement(engine, problems, mode, args, rollouts, most=200):
     return worst
 
 
-def judged_rows(engine, path, mode, name, problems, args, k=1, temperature=0.0):
-    """A checkpoint's rows on one set of problems, as of `judge_all`.
+def judged_rows(engine, path, weights, mode, name, problems, args, k=1, temperature=0.0):
+    """A checkpoint's rows on one set of problems, as of `judge_all`.  weights: its fingerprint.
 
     They are kept in <out>/<name>/<checkpoint>=<mode>.jsonl, after a line of settings: a run killed
     and begun again with the same settings goes on where it was, one with others begins anew and
@@ -278,7 +271,7 @@ def judged_rows(engine, path, mode, name, problems, args, k=1, temperature=0.0):
         "checkpoint": path,
         "mode": mode,
         "dtype": args.dtype,
-        "weights": fingerprint(checkpoint_folder(path)),
+        "weights": weights,
         "problems": fingerprint(problems),
         "prompt": system_prompt(engine, mode, args),
     }
@@ -331,8 +324,9 @@ def judge_checkpoint(path, mode, problems, args, device):
     judged is as of `judge_all`, traces are greedy responses for trace.html.
     """
     engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
-    judged = judged_rows(engine, path, mode, args.split, problems, args, args.k, args.temperature)
-    greedy = judged_rows(engine, path, mode, f"{args.split}-greedy", problems[: args.greedy], args)
+    weights = fingerprint(checkpoint_folder(path))
+    judged = judged_rows(engine, path, weights, mode, args.split, problems, args, args.k, args.temperature)
+    greedy = judged_rows(engine, path, weights, mode, f"{args.split}-greedy", problems[: args.greedy], args)
 
     # What parallel thought can do differs by kind of problem, so each is measured by itself too.
     flat = sum(judged, [])  # the rows of all problems
@@ -533,7 +527,7 @@ def parse_args(argv=None):
         # read anew, so that what was given on the command line still counts
         table = [(flag, kind, SAMPLE.get(flag, given), *more) for flag, kind, given, *more in ARGUMENTS]
         args = read_arguments(__doc__, table, argv)
-        args.checkpoints = trained("stage0", "stage1", "stage2", "stage3")
+        args.checkpoints = finished("stage0", "stage1", "stage2", "stage3")
     return args
 
 
@@ -603,12 +597,13 @@ def run_benches(args, device):
     for spec in args.checkpoints:
         path, mode = modes_of(spec)[-1]  # the format, where a base could be asked either way
         engine = Engine(*load(path, device, getattr(torch, args.dtype, None)))
+        weights = fingerprint(checkpoint_folder(path))
         if path == spec and not Path(path).is_dir() and TAGS[0] in engine.tokenizer.get_vocab():
             mode = "parallel"  # a checkpoint of the hub that has the tags
         # What parallel decoding has to beat is the same weights decoding sequentially.
         contestants = [(engine, mode), (engine, "format")] if mode == "parallel" else [(engine, mode)]
         for name, problems in sets.items():
-            judged = judged_rows(engine, path, mode, name, problems, args, args.k, args.temperature)
+            judged = judged_rows(engine, path, weights, mode, name, problems, args, args.k, args.temperature)
             flat = sum(judged, [])  # the rows of all problems
             times = time_to_answer(contestants, problems, args)
             result = {

@@ -22,6 +22,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -1123,8 +1124,17 @@ not_negative = flag_type(float, lambda x: 0 <= x <= 1e12, "a finite number from 
 nonempty = flag_type(str, lambda x: x.strip() and "\0" not in x, "some text")
 device_name = flag_type(str, re.compile(r"auto|cpu|cuda(:\d{1,2})?").fullmatch, "auto, cpu, cuda, cuda:1 ..")
 
-# The last row of every stage's table.
-OVERWRITE = ("--overwrite", bool, False, "move a finished or another run in --out aside, to <out>.old-1")
+# The last rows of every stage's table.
+ASIDE = "move a finished or another run in --out aside, to <out>.old-1; stale: only one of other input files"
+RUN_FLAGS = (
+    (
+        "--track",
+        ("trackio", "wandb"),
+        "",
+        "send the rows of log.jsonl to this tracker too; it has to be installed",
+    ),
+    ("--overwrite", ("stale", "all"), "", ASIDE, {"nargs": "?", "const": "all"}),
+)
 
 
 # fmt: off
@@ -1144,7 +1154,7 @@ ARGUMENTS = (
     ("--save-every",      positive_int,   200,          "steps between resume points"),
     ("--seed",            seed_int,       0,            "seed of weights and data"),
     ("--device",          device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
-    OVERWRITE,
+    *RUN_FLAGS,
 )
 # fmt: on
 
@@ -1245,7 +1255,7 @@ def is_hub_name(path):
 # ---- load and save: the Hugging Face layout, safetensors only ----
 
 
-def checkpoint_folder(name):
+def checkpoint_folder(name, files=("*.json", "*.safetensors", "*.txt", "*.jinja")):
     """Path of a checkpoint's files: a folder that is here, or one that the hub gives."""
     path = Path(name)
     if path.is_dir():
@@ -1258,16 +1268,14 @@ def checkpoint_folder(name):
     from huggingface_hub import snapshot_download  # only needed, and only possible, with a network
 
     try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(str(name), allow_patterns=list(files)))
     except Exception as error:
         raise UserError(
             f"{name}: neither a folder here nor a model that the hub gives ({type(error).__name__})"
         )
 
 
-def trained(*stages):
+def finished(*stages):
     """Folders of these stages: in out/ where a run has finished them all, else in assets/npr-tiny,
     where trained ones come with the repository.  Prints which.
     """
@@ -1279,11 +1287,13 @@ def trained(*stages):
     return folders
 
 
-def read_json(file):
-    """The object in a JSON file of a checkpoint; UserError when it holds none."""
+def read_object(file, default=None):
+    """The object in a JSON file; where it holds none, the default, or without one UserError."""
     try:
-        return dict(json.loads(file.read_text()).items())
-    except (OSError, ValueError, AttributeError) as error:
+        return dict(json.loads(Path(file).read_bytes()).items())
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        if default is not None:
+            return default
         raise UserError(f"{file}: not a readable JSON object ({error}); copy or download it again")
 
 
@@ -1294,7 +1304,7 @@ def read_config(path):
         raise UserError(
             f"{file} is missing: expected a Hugging Face checkpoint; run the stage that writes it"
         )
-    raw = read_json(file)
+    raw = read_object(file)
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{file}: model_type is {family!r}, this project reads {', '.join(FAMILIES)}")
@@ -1338,7 +1348,7 @@ def read_weights(path):
     # a model of several shards has an index that names the file of each tensor, in this folder
     names = {"model.safetensors"}
     if index.is_file():
-        placed = read_json(index).get("weight_map")
+        placed = read_object(index).get("weight_map")
         names = set(map(str, placed.values())) if isinstance(placed, dict) else set()
         if not names or any(Path(name).name != name for name in names):
             raise UserError(f"{index}: weight_map must name files beside it; copy or download it again")
@@ -1391,7 +1401,7 @@ def read_tokenizer(path, config):
 
     # each names one token, several, or none
     generation = path / "generation_config.json"
-    more = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    more = read_object(generation).get("eos_token_id") if generation.is_file() else None
     ends = {tokenizer.eos_token_id}
     for named in (config.eos_token_id, more):
         ends.update(named if isinstance(named, list) else {named} - {None})
@@ -1507,15 +1517,6 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_object(file):
-    """The object of a JSON file; {} where there is none that can be read."""
-    try:
-        value = json.loads(Path(file).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def read_jsonl(path):
     """The objects of a jsonl file; what is none (a line cut off, damaged) is told and left out."""
     rows = []
@@ -1529,7 +1530,7 @@ def read_jsonl(path):
 
 def print_inherited(path):
     """One line on what the checkpoint at path was made with."""
-    made = read_object(Path(path) / "args.json")
+    made = read_object(Path(path) / "args.json", {})
     told = ", ".join(
         f"{key} {value}"
         for key, value in made.items()
@@ -1911,23 +1912,20 @@ def draw_problems(data, kind, n, seed):
 def read_prompt(prompt_file, data, path=None):
     """What asks for the format: the text of prompt_file.
 
-    By default what the checkpoint at `path` was trained to answer (`prompt_file` in its args.json);
-    else FORMAT_PROMPT, which the tiny base was brought up on, or with real data the instructions in
+    By default what the checkpoint at `path` was trained to answer, its prompt.txt; else
+    FORMAT_PROMPT, which the tiny base was brought up on, or with real data the instructions in
     assets/format_prompt.txt.  A text with {question} in it is the whole user turn, any other the
     system prompt.  Raises UserError when there is no such file.
     """
-    source = "--prompt-file"
-    if path and not prompt_file:
-        prompt_file = read_object(f"{path}/args.json").get("prompt_file")
-        source = f"{path}/args.json: prompt_file"
+    own = Path(path or "", "prompt.txt")
+    if path and not prompt_file and own.is_file():
+        prompt_file = own
     if not prompt_file and not data:
         return FORMAT_PROMPT
     file = Path(prompt_file or REAL_FORMAT_PROMPT_FILE)
     if not file.is_file():
-        raise UserError(
-            f"{source} {file}: no such file; give --prompt-file a text like {REAL_FORMAT_PROMPT_FILE}"
-        )
-    return file.read_text().strip()
+        raise UserError(f"--prompt-file {file}: no such file; expected a text like {REAL_FORMAT_PROMPT_FILE}")
+    return file.read_text(encoding="utf-8").strip()
 
 
 # ---- the run folder ----
@@ -1935,14 +1933,16 @@ def read_prompt(prompt_file, data, path=None):
 
 # What a run writes into its folder.  Nothing else there is ever touched.
 RUN_FILES = (
-    *("args.json", "inputs.json", "log.jsonl", "episodes.txt", "rejection.json", "data", "resume"),
+    *("args.json", "inputs.json", "prompt.txt", "log.jsonl", "episodes.txt"),
+    *("rejection.json", "data", "resume", "adapter"),
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "model.safetensors"),
 )
 
 # Settings that may change when a run goes on: where it computes, how often it saves, and where
 # files lie.  What was read is compared by its content.
-NO_DIFFERENCE = {"out", "device", "save_every", "micro_tokens", "recompute", "init", "data", "prompt_file"}
+NO_DIFFERENCE = {"out", "device", "save_every", "micro_tokens", "recompute", "track", "plan"}
+NO_DIFFERENCE |= {"init", "start", "data", "prompt_file"}
 
 
 def fingerprint(value):
@@ -1978,11 +1978,11 @@ class Run:
     """A stage's output folder: args.json, inputs.json, log.jsonl, and `resume/` while it runs.
 
     The same settings go on with what is there; a run of others is refused, or moved aside with
-    --overwrite.  read: what the stage was given beside --init, by flag.  All ranks read here, rank
-    0 alone writes.
+    --overwrite.  model: what will be trained.  read: what the stage was given beside --init, by
+    flag.  All ranks read here, rank 0 alone writes.
     """
 
-    def __init__(self, args, **read):
+    def __init__(self, args, model=None, **read):
         self.args = args
         self.path = Path(args.out)
         self.state_file = self.path / "resume" / "state.pt"
@@ -1990,15 +1990,21 @@ class Run:
         self.began = time.time()
         self.writes = ranks()[0] == 0
         self.signal = 0  # that asked this run to stop
+        self.tracker = None
+        if args.track and importlib.util.find_spec(args.track) is None:
+            raise UserError(
+                f"--track {args.track} is not installed: pip install {args.track}, or leave it out"
+            )
 
         # the model that is read must not be the one that is written
         if self.path.is_file():
             raise UserError(f"--out {args.out} is a file; expected a folder, or a name for a new one")
         folder = self.path.resolve()
-        if "init" in args:
-            read["init"] = checkpoint_folder(args.init).resolve()
-            if read["init"] in (folder, *folder.parents):
-                raise UserError(f"--out {args.out} is --init, or lies in it; give --out another folder")
+        for name in ("init", "start"):
+            given = getattr(args, name, "")
+            read[name] = checkpoint_folder(given).resolve() if given else given
+            if read[name] in (folder, *folder.parents):
+                raise UserError(f"--out {args.out} is --{name}, or lies in it; give --out another folder")
         inputs = {name: fingerprint(value) for name, value in read.items()}
 
         # every rank looks at the folder before rank 0 touches what is in it
@@ -2007,13 +2013,18 @@ class Run:
             hold(folder)
         settings = {key: value for key, value in vars(args).items() if key != "overwrite"}
         aside = self.compare(settings, inputs)
+        self.check_disk(model, aside)
         from_all_ranks([])
+
+        # from here on it is this run's
         if self.writes:
             for name in self.present() if aside else ():
                 aside.mkdir(exist_ok=True)
                 os.rename(folder / name, aside / name)
             write_json(self.path / "args.json", settings)
             write_json(self.path / "inputs.json", inputs)
+            if "prompt_file" in read:
+                write_text(self.path / "prompt.txt", read["prompt_file"])  # whose file may be moved
         from_all_ranks([])  # nobody goes on before the folder is in order
 
     def present(self):
@@ -2021,12 +2032,27 @@ class Run:
         sampled = (self.path / "rejection.json").is_file()
         return [n for n in RUN_FILES if os.path.lexists(self.path / n) and (n != "data" or sampled)]
 
+    def check_disk(self, model, aside):
+        """Raise UserError where a resume point and the one before, or the weights, will not fit."""
+        if model is None:
+            return
+        state = 12 * num_trained(model, self.args.lora)  # bytes, with Adam's two moments
+        needed = state + max(state, sum(p.nbytes for p in model.parameters()))
+        if self.state_file.is_file() and not aside:
+            needed -= self.state_file.stat().st_size
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise UserError(
+                f"--out {self.path}: {needed / 1e9:.3f} GB will be written there, {free / 1e9:.3f} GB are "
+                "free; make room, or give another folder"
+            )
+
     def compare(self, settings, inputs):
         """Compare with the run that is in the folder: None to go on, or the folder to move it to.
 
         Exits where it is finished; raises UserError where it must not be touched.
         """
-        there = read_object(self.path / "args.json")
+        there = read_object(self.path / "args.json", {})
         free = NO_DIFFERENCE | ({"lr", "muon_lr"} if self.stopped.is_file() else set())
         changed = [
             f"--{key.replace('_', '-')} {there.get(key)}, now {value}"
@@ -2035,8 +2061,8 @@ class Run:
         ]
 
         # what was read, by its content; an account that an older run did not keep is no difference
-        read = read_object(self.path / "inputs.json")
-        changed += [
+        read = read_object(self.path / "inputs.json", {})
+        stale = [
             f"other content of --{key.replace('_', '-')}"
             for key in inputs
             if read.get(key, inputs[key]) != inputs[key]
@@ -2047,21 +2073,21 @@ class Run:
         finished = "model.safetensors" in present
         if present and "args.json" not in present:
             changed = [f"{present[-1]}, which no stage wrote"]
-        elif not finished and not (changed and {"resume", "data"} & set(present)):
+        elif not finished and not (changed + stale and {"resume", "data"} & set(present)):
             return None
 
         # resume/ is still there where a kill came right after the weights were written
-        elif not changed and not self.args.overwrite:
+        elif not changed + stale and self.args.overwrite != "all":
             # asked again for what there is: nothing is done, and that is no mistake
             print(f"{self.path} is finished, with these settings: nothing to do (--overwrite does it again)")
             shutil.rmtree(self.path / "resume", ignore_errors=True)
             sys.exit(0)
 
         # another run is there, or this one shall be done again
-        if not self.args.overwrite:
+        if not self.args.overwrite or (changed and self.args.overwrite == "stale"):
             what = "finished" if finished else "half-done"
             raise UserError(
-                f"--out {self.path} holds another run, {what} ({'; '.join(changed[:3])}); "
+                f"--out {self.path} holds another run, {what} ({'; '.join((changed + stale)[:3])}); "
                 "give another folder, or --overwrite to move it aside"
             )
         return old_name(self.path.resolve())
@@ -2073,6 +2099,11 @@ class Run:
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
+        if self.writes and self.args.track:
+            self.tracker = importlib.import_module(self.args.track)
+            self.tracker.init(project="npr", name=str(self.path), config=vars(self.args), resume="allow")
+
+        # without a resume point the run begins, and so do its files
         log = self.path / "log.jsonl"
         episodes = self.path / "episodes.txt"
         if self.writes:
@@ -2086,14 +2117,17 @@ class Run:
         # weights_only: tensors and numbers are read, nothing that a pickle could run
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
         with torch.no_grad():
-            for name, p in model.named_parameters():
+            for name, p in trained(model).items():
                 p.copy_(state["weights"][name])
-                master(p).copy_(state["weights"][name])
+        put_back(model)
 
         # the groups are this run's, with the rates that it was given
         for optimizer, saved in zip(optimizers, state["optimizers"]):
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(saved | {"param_groups": groups})
+            for group, there in zip(optimizer.param_groups, saved["param_groups"]):
+                there |= {key: group[key] for key in group if key != "params"}
+            optimizer.load_state_dict(saved)
+            if hasattr(optimizer, "consolidate_state_dict"):
+                optimizer.state.clear()  # a second copy: the shared-out state is in optimizer.optim
 
         # what was logged after the checkpoint is going to be logged again
         step = state["step"]
@@ -2125,13 +2159,16 @@ class Run:
     def checkpoint(self, model, optimizers, step):
         """Write what `start` reads back."""
         episodes = self.path / "episodes.txt"
-        state = {
-            "weights": {name: master(p).detach() for name, p in model.named_parameters()},
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step,
-            "episodes": episodes.stat().st_size if episodes.is_file() else 0,  # bytes
-        }
+        for optimizer in optimizers:
+            if hasattr(optimizer, "consolidate_state_dict"):
+                optimizer.consolidate_state_dict()  # the shares of all ranks, on rank 0
         if self.writes:
+            state = {
+                "weights": {name: p.detach() for name, p in trained(model).items()},
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "step": step,
+                "episodes": episodes.stat().st_size if episodes.is_file() else 0,  # bytes
+            }
             write_atomic(self.state_file, lambda file: torch.save(state, file))
 
     def log(self, **row):
@@ -2158,6 +2195,8 @@ class Run:
         if self.writes:
             with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(rounded) + "\n")
+        if self.tracker:
+            self.tracker.log(rounded, step=row["step"])
 
     def episodes(self, step, episodes):
         """Append three whole episodes to `episodes.txt`; each is (question, response, verdict)."""
@@ -2169,8 +2208,13 @@ class Run:
     def finish(self, model, tokenizer):
         """Write the stage's checkpoint and drop `resume/`."""
         if self.writes:
+            if getattr(self.args, "lora", 0):
+                base = getattr(self.args, "start", "") or self.args.init
+                save_adapter(model, tokenizer, self.args.lora, base, self.path / "adapter")
             save(model, tokenizer, self.path)
             shutil.rmtree(self.path / "resume", ignore_errors=True)
+        if self.tracker:
+            self.tracker.finish()
         from_all_ranks([])  # now every rank finds it
         print(f"wrote {self.path} ({time.time() - self.began:.0f} s)")
 
@@ -2178,49 +2222,171 @@ class Run:
 # ---- optimizers ----
 
 
-def master(p):
-    """The fp32 copy of a parameter that the optimizers step; of an fp32 parameter, itself."""
-    return getattr(p, "master", p)
+def trained(model):
+    """{name: fp32 tensor} of all that is stepped: parameters, or what stands in for them."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors |= getattr(p, "parts", {name: p})
+    return tensors
+
+
+def stand_in(p, parts, gradients, put_back):
+    """Have `parts`, {name: fp32 tensor}, trained instead of a parameter.
+
+    gradients(G): theirs, given the parameter's.  put_back(): makes the parameter what they say.
+    """
+
+    def hand_over(p):
+        for part, grad in zip(parts.values(), gradients(p.grad)):
+            part.grad = grad.float() if part.grad is None else part.grad.add_(grad)
+        p.grad = None
+
+    p.parts = parts
+    p.put_back = put_back
+    p.register_post_accumulate_grad_hook(hand_over)
+
+
+@torch.no_grad()
+def put_back(model):
+    """Every parameter becomes what stands in for it says."""
+    for p in model.parameters():
+        if hasattr(p, "put_back"):
+            p.put_back()
+
+
+# LoRA (arXiv 2106.09685): of a projection's matrix W_0 only a change of rank R is trained,
+# W = W_0 + (alpha / R) B A.  The model's weight is W itself at all times, so it samples and learns
+# as without adapters; and a step costs what it did, but for optimizer state and masters.
+
+LORA_ALPHA = 32  # at one alpha the best learning rate hardly depends on R
+
+
+def tag_rows(tokenizer):
+    """Ids of the tags that are tokens: none in stages 0 and 1."""
+    return sorted(i for token, i in tokenizer.get_vocab().items() if ANY_TAG.fullmatch(token))
+
+
+def projections(model):
+    """(name of the module, its matrix (out, in)) of every projection of every layer."""
+    for name, p in model.named_parameters():
+        if name.startswith("model.layers.") and p.dim() == 2:
+            yield name.removesuffix(".weight"), p
+
+
+def num_trained(model, R):
+    """How many numbers are trained: all, or those of adapters of rank R but for the tags' rows."""
+    if not R:
+        return sum(p.numel() for p in model.parameters())
+    return sum(R * sum(p.shape) for _, p in projections(model))
+
+
+@torch.no_grad()
+def add_adapters(model, tokenizer, R, seed):
+    """Freeze the model but for adapters of rank R, and the rows of tags that are tokens."""
+    rng = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.requires_grad_(False)
+        p.parts = {}
+
+    # B is zero at first, so training begins with the base itself
+    def adapt(name, p):
+        base = p.detach().clone()
+        scale = LORA_ALPHA / R
+        bound = p.shape[1] ** -0.5
+        A = torch.empty(R, p.shape[1]).uniform_(-bound, bound, generator=rng).to(p.device)
+        B = torch.zeros(p.shape[0], R, device=p.device)
+
+        # dL/dA = (alpha / R) B' G and dL/dB = (alpha / R) G A', where G = dL/dW
+        def gradients(G):
+            G = scale * G.float()  # (out, in)
+            return B.T @ G, G @ A.T
+
+        parts = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        stand_in(p, parts, gradients, lambda: p.copy_(base + scale * (B @ A)))
+
+    # the tags' own rows, of the embedding and of an untied output matrix
+    def free_rows(name, p):
+        part = p.detach()[rows].float()
+        parts = {f"{name}.token_adapter.trainable_tokens_delta": part}
+        stand_in(p, parts, lambda G: [G[rows]], lambda: p.index_copy_(0, rows, part.to(p.dtype)))
+
+    for name, p in projections(model):
+        adapt(name, p.requires_grad_())
+    rows = torch.tensor(tag_rows(tokenizer), device=model.device)
+    for name, p in model.named_parameters():
+        if len(rows) and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            free_rows(name.removesuffix(".weight"), p.requires_grad_())
+
+
+def save_adapter(model, tokenizer, R, base, path):
+    """Write adapters of rank R as a folder that `peft` opens on top of the checkpoint `base`."""
+    path.mkdir(exist_ok=True)
+    tokenizer.save_pretrained(path)  # by which peft knows of the tags
+    weights = {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in trained(model).items()}
+    write_atomic(path / "adapter_model.safetensors", lambda file: save_file(weights, file))
+    module = {name: name.split(".")[-3] for name in weights}  # q_proj, .., embed_tokens
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": R,
+        "lora_alpha": LORA_ALPHA,
+        "target_modules": sorted({module[name] for name in weights if "lora_A" in name}),
+        "trainable_token_indices": {module[name]: tag_rows(tokenizer) for name in weights if "token" in name}
+        or None,
+    }
+    write_json(path / "adapter_config.json", config)
 
 
 def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0):
-    """AdamW on everything; with muon_lr > 0, Muon on the layers' matrices and AdamW on the rest.
+    """AdamW on all that is trained; with muon_lr > 0, Muon on the layers' matrices and AdamW on the
+    rest.
 
     gain_factor: the last norm's gains, which are the scale of the logits, learn so many times
     faster.  They are of size 1 where a matrix's entries are of 0.05, so at the same rate they
     hardly move; and every token has a say in each, so their gradient is the least noisy of all.
 
-    A weight that is not fp32 gets an fp32 master, `p.master`: added to a bf16 weight, a step of
-    less than 1/256 of it is rounded away.  Backward adds its gradients up in the master's, the
-    optimizers step the masters, and `update` rounds them back into the model.
+    A weight that is not fp32 gets an fp32 master: added to a bf16 weight, a step of less than 1/256
+    of it is rounded away.  Backward adds its gradients up in the master's, the optimizers step the
+    masters, and `update` rounds them back into the model.
     """
 
-    def hand_over(p):
-        p.master.grad = p.grad.float() if p.master.grad is None else p.master.grad.add_(p.grad)
-        p.grad = None
+    def add_master(name, p):
+        master = p.detach().float()
+        stand_in(p, {name: master}, lambda G: [G], lambda: p.copy_(master))
 
-    for p in model.parameters():
-        if p.dtype != torch.float32:
-            p.master = p.detach().float()
-            p.register_post_accumulate_grad_hook(hand_over)
+    for name, p in model.named_parameters():
+        if p.dtype != torch.float32 and not hasattr(p, "parts"):
+            add_master(name, p)
 
     # Muon steps matrices inside the layers; embeddings, norms and the output matrix are AdamW's
-    trained = {name: master(p) for name, p in model.named_parameters()}
-    gain = trained.pop("model.norm.weight")
-    inside = [name for name in trained if name.startswith("model.layers.") and trained[name].dim() == 2]
-    matrices = [trained.pop(name) for name in inside if muon_lr]
+    rest = trained(model)
+    gain = [rest.pop(name) for name in ("model.norm.weight",) if name in rest]
+    inside = [name for name in rest if name.startswith("model.layers.") and rest[name].dim() == 2]
+    matrices = [rest.pop(name) for name in inside if muon_lr]
     gain_lr = gain_factor * lr
 
     # schedules are factors of each group's `base_lr` (`set_lr`)
     groups = [
-        {"params": list(trained.values()), "lr": lr, "base_lr": lr},
-        {"params": [gain], "lr": gain_lr, "base_lr": gain_lr},
+        {"params": list(rest.values()), "lr": lr, "base_lr": lr},
+        {"params": gain, "lr": gain_lr, "base_lr": gain_lr},
     ]
-    optimizers = [torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)]
+    optimizers = [shared_out(torch.optim.AdamW, groups, betas=betas, weight_decay=0.0)]
     if muon_lr:
         groups = [{"params": matrices, "lr": muon_lr, "base_lr": muon_lr}]
-        optimizers.append(torch.optim.Muon(groups, weight_decay=0.01))
+        optimizers.append(shared_out(torch.optim.Muon, groups, weight_decay=0.01))
     return optimizers
+
+
+def shared_out(kind, groups, **settings):
+    """An optimizer.  Of several ranks each keeps the state of its share of the tensors (ZeRO stage
+    1, arXiv 1910.02054), steps those, and sends them to the others.
+    """
+    if not dist.is_initialized():
+        return kind(groups, **settings)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # a second that only ranks pay for
+
+    return ZeroRedundancyOptimizer(groups, kind, **settings)
 
 
 def set_lr(optimizers, factor):
@@ -2237,21 +2403,19 @@ def update(model, optimizers):
     Each rank's loss is divided by the token count of the *whole* batch, so gradients are summed and
     not averaged.
     """
-    trained = [master(p) for p in model.parameters()]
+    stepped = trained(model).values()
     if dist.is_initialized():
-        for p in trained:
+        for p in stepped:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without work
             dist.all_reduce(p.grad)
-    norm = nn.utils.clip_grad_norm_(trained, 1.0).item()
+    norm = nn.utils.clip_grad_norm_(stepped, 1.0).item()
     if not math.isfinite(norm):
         return norm  # such a step is not taken, and `Run.log` stops the run
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
 
-    # masters are rounded back into the weights
-    for p in model.parameters():
-        p.data.copy_(master(p))
+    put_back(model)
     finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
     return norm if finite else math.nan
 
@@ -2292,7 +2456,8 @@ def pad_rows(rows, value, length=0):
 # Data parallelism in four functions.  Every rank holds the whole model and decodes its share of the
 # prompts; the finished rollouts go to all ranks, so rewards, advantages and token counts are worked
 # out on the whole batch by the very code a single process runs; then each rank runs its share of
-# the forward and backward passes, and the gradients are added up (`update`).
+# the forward and backward passes, and the gradients are added up (`update`).  Only the optimizers'
+# state is shared out (`shared_out`).
 
 
 def ranks():

@@ -33,12 +33,14 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from engine import Engine, Example, Rollout, batches, token_logprobs
+from engine import MAX_KV_TOKENS, MAX_LOGITS, Engine, Example, Rollout, batches, planned_kv_tokens
+from engine import token_logprobs
 from stage0_model import ANY_TAG, KIND_CHOICES, draw_problems, read_problems, read_prompt  # questions
 from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
-from stage0_model import default_micro_tokens, make_optimizers, recompute_activations, set_lr  # optimisation
-from stage0_model import update
-from stage0_model import DTYPES, OVERWRITE, device_name, fraction, group_int, natural_int, nonempty  # flags
+from stage0_model import Qwen3, checkpoint_folder, num_trained, projections, read_config  # its memory
+from stage0_model import add_adapters, default_micro_tokens, make_optimizers  # optimisation
+from stage0_model import recompute_activations, set_lr, update
+from stage0_model import DTYPES, RUN_FLAGS, device_name, fraction, group_int, natural_int, nonempty  # flags
 from stage0_model import not_negative, positive_float, positive_int, seed_int
 from stage0_model import Run, UserError, from_all_ranks, my_share, pick_device, ranks  # the run
 from stage0_model import read_arguments, run_main
@@ -349,6 +351,22 @@ def sample_groups(engine, data, format_prompt, step, args):
     return groups, judged
 
 
+def check_prompts(model, tokenizer, data, format_prompt, max_new_tokens):
+    """Raise UserError where a prompt and its response will not fit the engine's memory."""
+    room = planned_kv_tokens(model) - max_new_tokens
+    around = len(prompt_ids(tokenizer, "", format_prompt))
+
+    # a token has a byte at least, so that few questions, or none, have to be encoded
+    for number, question in enumerate([p.question for p in data or ()] or [""]):
+        if around + len(question.encode(errors="replace")) > room:
+            length = len(prompt_ids(tokenizer, question, format_prompt))
+            if length > room:
+                raise UserError(
+                    f"the prompt of question {number} has {length} tokens, which with --max-new-tokens "
+                    f"{max_new_tokens} exceed the KV budget of {room + max_new_tokens} tokens; shorten them"
+                )
+
+
 def averages(judged):
     """How the policy does: means over all that was sampled, what was dropped included."""
     return {
@@ -361,7 +379,70 @@ def averages(judged):
 
 
 # ==================================================================================================
-# 4. The loop
+# 4. What a run needs
+# ==================================================================================================
+
+
+def memory(config, value, R, num_ranks, args):
+    """{part: bytes} of a run's peak on each GPU, without what torch takes for itself.
+
+    value: bytes of a weight, 2 or 4.  R: rank of the adapters, 0 for none.
+    """
+    with torch.device("meta"):  # a model without numbers
+        model = Qwen3(config)
+    size = sum(p.numel() for p in model.parameters())
+    inside = [p.numel() for _, p in projections(model)]
+    T = num_trained(model, R)
+
+    # What a layer keeps of a token for backward: inputs of norms, in fp32, of projections, and of
+    # attention.  With --recompute all layers but one keep their input alone.
+    C = config.hidden_size
+    q_width = config.num_attention_heads * config.head_dim
+    layer = 16 * C + value * (3 * C + 4 * q_width + 4 * config.intermediate_size)
+    layers = config.num_hidden_layers * (value * C if args.recompute else layer)
+    tokens = args.micro_tokens or 16_384
+    logits = 4 * min(MAX_LOGITS, tokens * config.vocab_size)
+    at_work = tokens * (layers + args.recompute * layer) + 3 * logits
+
+    # Adam's step makes a copy of its second moment, when no activations are there any more.
+    parts = {
+        "weights": value * size,
+        "the base beside merged weights": value * sum(inside) if R else 0,
+        "masters or adapters, fp32": 4 * T if R or value == 2 else 0,
+        "gradients, fp32": 4 * T + (8 * max(inside) if R else 0),
+        "Adam's moments, fp32": 8 * T / num_ranks,
+        "activations, logits; or Adam's step": max(at_work, 4 * T / num_ranks),
+    }
+
+    # The engine takes a quarter of what the weights leave free, and training has to do with the
+    # rest; the smallest GPU on which it does gives the engine a third of that.
+    kv_width = config.num_key_value_heads * config.head_dim
+    most = MAX_KV_TOKENS * 2 * value * config.num_hidden_layers * kv_width
+    pool = min(most, (sum(parts.values()) - parts["weights"]) / 3)
+    return parts | {"the engine's keys and values": pool}
+
+
+def print_plan(args):
+    """Tell what a run with these flags needs, from the checkpoint's config.json alone."""
+    config, stored = read_config(checkpoint_folder(args.init, ["config.json"]))
+    value = 2 if "bfloat16" in (args.dtype, args.dtype == "auto" and stored) else 4
+    R = args.lora or 16
+    plans = {
+        f"{what}, {n} GPU{'s' * (n > 1)}": memory(config, value, rank, n, args)
+        for what, rank in (("all weights", 0), (f"--lora {R}", R))
+        for n in (1, 8)
+    }
+
+    # a row for each part, a column for each plan
+    print(f"{'GB on each GPU':38}" + "".join(f"{name:>22}" for name in plans))
+    for plan in plans.values():
+        plan["a GPU with at least"] = sum(plan.values())
+    for part in plan:
+        print(f"{part:38}" + "".join(f"{plan[part] / 1e9:22.2f}" for plan in plans.values()))
+
+
+# ==================================================================================================
+# 5. The loop
 # ==================================================================================================
 
 
@@ -386,12 +467,14 @@ ARGUMENTS = (
     ("--overlong-buffer", positive_int,   128,          "tokens before the budget over which the overlong penalty grows"),
     ("--temperature",     positive_float, 1.0,          "of the rollouts; 1 keeps the old log-probabilities exact"),
     ("--micro-tokens",    natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
+    ("--lora",            natural_int,    0,            "R: train adapters of that rank, at about ten times the rate; 0: all weights"),
     ("--recompute",       bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
     ("--dtype",           DTYPES,         "auto",       "of the weights; auto: what config.json says"),
     ("--save-every",      positive_int,   10,           "steps between resume points, and between episode dumps"),
     ("--seed",            seed_int,       0,            "seed of problems and sampling"),
     ("--device",          device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
-    OVERWRITE,
+    ("--plan",            bool,           False,        "only tell how much memory this needs, from config.json alone"),
+    *RUN_FLAGS,
 )
 # fmt: on
 
@@ -408,6 +491,8 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.plan:  # which needs no machine that could run it
+        return print_plan(args)
     device = pick_device(args.device)
     args.micro_tokens = args.micro_tokens or default_micro_tokens(device)
 
@@ -416,10 +501,13 @@ def main():
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
     format_prompt = read_prompt(args.prompt_file, args.data)
-    run = Run(args, data=data, prompt_file=format_prompt)
+    check_prompts(model, tokenizer, data, format_prompt, args.max_new_tokens)
+    run = Run(args, model, data=data, prompt_file=format_prompt)
 
     # One set of weights samples and learns: the engine decodes with the very model that is trained.
     engine = Engine(model, tokenizer)
+    if args.lora:
+        add_adapters(model, tokenizer, args.lora, args.seed)
     optimizers = make_optimizers(model, args.lr)
     if args.recompute:
         recompute_activations(model)

@@ -10,10 +10,14 @@ L = -(1 / num_tokens) sum_t log p(y_t | what the layout lets it see), over token
 
     python stage2_beta.py                # reads out/stage1, writes out/stage2
     python stage2_beta.py --sequential --data out/stage2/data --out out/stage2_seq   # twin, SR-BETA
+    python stage2_beta.py --start out/stage0             # ZERO is sampled, the base fine-tuned
 
 Differences from the paper:
 (1) Tokens that the engine forces (`<step>`, its number, `<takeaway>`) carry no loss in parallel
     mode: they are never sampled, and a branch cannot know its number from what it sees.
+Difference from the authors' script:
+(1) It fine-tunes the instruction-tuned base on what ZERO wrote; here ZERO itself goes on
+    (--start with the base is their way).
 """
 
 import json
@@ -32,12 +36,13 @@ from tqdm import tqdm
 from engine import TAGS, Engine, Example, MalformedTrajectory, batches, layout, tag_token_ids, token_logprobs
 from stage0_model import KIND_CHOICES, KINDS, draw_problems, read_problems, read_prompt, read_rows  # data
 from stage0_model import ANY_TAG, load, pick_device, prompt_ids, response_text  # model and text
-from stage0_model import DTYPES, OVERWRITE, device_name, natural_int, nonempty, not_negative  # flags
+from stage0_model import DTYPES, RUN_FLAGS, device_name, natural_int, nonempty, not_negative  # flags
 from stage0_model import positive_float, positive_int, seed_int
 from stage0_model import Run, UserError, from_all_ranks, my_share, print_inherited, read_arguments  # run
 from stage0_model import read_jsonl, run_main, write_json, write_text
-from stage0_model import default_micro_tokens, make_optimizers, ranks, recompute_activations, set_lr, update
-from stage1_zero import parse_response
+from stage0_model import add_adapters, default_micro_tokens, make_optimizers  # optimisation
+from stage0_model import ranks, recompute_activations, set_lr, update
+from stage1_zero import check_prompts, parse_response
 
 # ==================================================================================================
 # 1. Rejection sampling
@@ -157,6 +162,8 @@ def sampled_rows(args, run, model, tokenizer, data, format_prompt):
     parts = read_jsonl(kept)
     size = max(1, PART // args.samples)
     from_all_ranks([])  # every rank has read them before rank 0 writes more
+    if run.writes:
+        write_text(kept, "".join(json.dumps(part) + "\n" for part in parts))  # without a line cut off
     for first in range(len(parts) * size, len(problems), size):
         records, reasons = rejection_sample(
             engine,
@@ -170,10 +177,10 @@ def sampled_rows(args, run, model, tokenizer, data, format_prompt):
             args.keep_wrong,
             parallel=TAGS[0] in tokenizer.get_vocab() and not args.sequential,
         )
-        # a file of a few hundred lines is written anew each time
         parts.append({"records": records, "reasons": reasons})
         if run.writes:
-            write_text(kept, "".join(json.dumps(part) + "\n" for part in parts))
+            with open(kept, "a", encoding="utf-8") as file:
+                file.write(json.dumps(parts[-1]) + "\n")
 
     # All parts together; their reasons say what stage 1 still gets wrong.
     records = [record for part in parts for record in part["records"]]
@@ -286,6 +293,7 @@ def epoch_batches(examples, batch_tokens, seed, epoch):
 # fmt: off
 ARGUMENTS = (
     ("--init",            nonempty,       "out/stage1", "checkpoint that is sampled and then fine-tuned: folder or hub name"),
+    ("--start",           str,            "",           "fine-tune this checkpoint instead of the one that is sampled"),
     ("--out",             nonempty,       "out/stage2", "folder to write the checkpoint to"),
     ("--kind",            KIND_CHOICES,   "all",        "problems to sample"),
     ("--data",            str,            "",           "real problems as in stage 1, or samples to learn from (rows with a `response`)"),
@@ -304,12 +312,13 @@ ARGUMENTS = (
     ("--micro-tokens",    natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
     ("--lr",              positive_float, 2e-3,         "peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model"),
     ("--muon-lr",         not_negative,   2e-3,         "peak Muon learning rate of the matrices; 0: AdamW does it all"),
+    ("--lora",            natural_int,    0,            "R: train adapters of that rank, at about ten times the rate; 0: all weights"),
     ("--recompute",       bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
     ("--dtype",           DTYPES,         "auto",       "of the weights; auto: what config.json says"),
     ("--save-every",      positive_int,   100,          "updates between resume points"),
     ("--seed",            seed_int,       0,            "seed of problems, sampling and order"),
     ("--device",          device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
-    OVERWRITE,
+    *RUN_FLAGS,
 )
 # fmt: on
 
@@ -328,17 +337,23 @@ def main():
     device = pick_device(args.device)
     args.micro_tokens = args.micro_tokens or default_micro_tokens(device)
 
-    # The checkpoint is sampled first and trained afterwards: one set of weights for both.
+    # The checkpoint is sampled first and trained afterwards: one set of weights for both.  Another
+    # one to train waits in the CPU's memory.
     print_inherited(args.init)
-    model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
+    dtype = getattr(torch, args.dtype, None)
+    model, tokenizer = load(args.init, device, dtype)
+    start = load(args.start, "cpu", dtype) if args.start else (model, tokenizer)
     rows, data, format_prompt = read_inputs(args)
-    run = Run(args, data=rows or data, prompt_file=format_prompt)
+    if not rows:
+        check_prompts(model, tokenizer, data, format_prompt, args.max_new_tokens)
+    run = Run(args, start[0], data=rows or data, prompt_file=format_prompt)
 
     # ---- data: the model's own samples, so that only the layout is new to it ----
     rows = rows or sampled_rows(args, run, model, tokenizer, data, format_prompt)
 
     # ---- tag tokens: the engine forks and joins on single tokens, so responses must have them ----
-    add_tag_tokens(model, tokenizer)
+    model, tokenizer = start
+    add_tag_tokens(model.to(device), tokenizer)
     examples = []
     learned = []  # of each example, (T,) bool: True where a token of its response carries loss
     for number, row in enumerate(rows):
@@ -354,6 +369,8 @@ def main():
     )
 
     # ---- train: the optimizers are made only now, because new tokens can mean new parameters ----
+    if args.lora:
+        add_adapters(model, tokenizer, args.lora, args.seed)
     optimizers = make_optimizers(model, args.lr, args.muon_lr)
     if args.recompute:
         recompute_activations(model)

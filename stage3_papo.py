@@ -34,13 +34,13 @@ from tqdm import tqdm
 from engine import Engine, batches, tag_token_ids, token_logprobs
 from stage0_model import KIND_CHOICES, draw_problems, read_problems, read_prompt  # questions
 from stage0_model import load, print_inherited, prompt_ids, response_text  # the model to start from
-from stage0_model import default_micro_tokens, make_optimizers, recompute_activations, set_lr  # optimisation
-from stage0_model import update
-from stage0_model import DTYPES, OVERWRITE, device_name, group_int, natural_int, nonempty  # flags
+from stage0_model import add_adapters, default_micro_tokens, make_optimizers  # optimisation
+from stage0_model import recompute_activations, set_lr, update
+from stage0_model import DTYPES, RUN_FLAGS, device_name, group_int, natural_int, nonempty  # flags
 from stage0_model import not_negative, positive_float, positive_int, seed_int
 from stage0_model import Run, UserError, from_all_ranks, my_share, pick_device, ranks  # the run
 from stage0_model import read_arguments, run_main
-from stage1_zero import Judged, averages, batch_of, dapo_advantages, dapo_loss, format_score
+from stage1_zero import Judged, averages, batch_of, check_prompts, dapo_advantages, dapo_loss, format_score
 
 # ==================================================================================================
 # 1. PAPO
@@ -198,12 +198,13 @@ ARGUMENTS = (
     ("--clip-updates",     natural_int,    0,            "ablation: so many PPO updates per batch, clipped, instead of one"),
     ("--count-forced",     bool,           False,        "ablation: forced tokens carry loss like sampled ones"),
     ("--micro-tokens",     natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
+    ("--lora",             natural_int,    0,             "R: train adapters of that rank, at about ten times the rate; 0: all weights"),
     ("--recompute",        bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
     ("--dtype",            DTYPES,         "auto",       "of the weights; auto: what config.json says"),
     ("--save-every",       positive_int,   10,           "steps between resume points, and between episode dumps"),
     ("--seed",             seed_int,       0,            "seed of problems and sampling"),
     ("--device",           device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
-    OVERWRITE,
+    *RUN_FLAGS,
 )
 # fmt: on
 
@@ -230,10 +231,13 @@ def main():
     format_prompt = read_prompt(args.prompt_file, args.data)
     if not args.sequential:
         tag_token_ids(tokenizer)  # raises UserError where they are text
-    run = Run(args, data=data, prompt_file=format_prompt)
+    check_prompts(model, tokenizer, data, format_prompt, args.max_new_tokens)
+    run = Run(args, model, data=data, prompt_file=format_prompt)
 
     # One set of weights samples and learns: the engine decodes with the very model that is trained.
     engine = Engine(model, tokenizer)
+    if args.lora:
+        add_adapters(model, tokenizer, args.lora, args.seed)
     optimizers = make_optimizers(model, args.lr, args.muon_lr, gain_factor=args.gain_factor)
     if args.recompute:
         recompute_activations(model)

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the six files
 from engine import BUILT_IN, TAGS, Engine, layout, trace, visible  # noqa: E402
 from eval import table  # noqa: E402
 from stage0_model import ANY_TAG, FORMAT_PROMPT, UserError, load, make_problems, prompt_ids  # noqa: E402
-from stage0_model import read_jsonl, read_object, response_text, run_main, trained, write_text  # noqa: E402
+from stage0_model import read_jsonl, read_object, response_text, run_main, finished, write_text  # noqa: E402
 from stage1_zero import VIOLATIONS, format_score, parse_response  # noqa: E402
 
 # ==================================================================================================
@@ -995,7 +995,7 @@ def main():
         return
     names = PICTURES if args.what == "all" else [args.what]
     if not args.init and {"hero", "kv"} & set(names):
-        [args.init] = trained("stage3")
+        [args.init] = finished("stage3")
     for name in names:
         PICTURES[name](args).write(Path(args.out) / f"{name}.svg")
 

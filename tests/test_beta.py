@@ -166,3 +166,72 @@ def test_a_run_killed_within_an_epoch_ends_with_the_weights_of_an_uninterrupted_
 def test_samples_in_the_folder_that_the_run_writes_are_refused(tmp_path):
     with pytest.raises(stage0.UserError, match="where this run writes"):
         stage2_beta.parse_args(["--data", str(tmp_path / "data"), "--out", str(tmp_path)])
+
+
+def test_start_is_fine_tuned_on_what_init_wrote(tmp_path, monkeypatch, capsys, plain_tokenizer):
+    """The engine samples with the weights of --init; what is saved is --start, moved by one small update."""
+    for name, seed in (("zero", 0), ("base", 1)):
+        stage0.save(random_model(len(plain_tokenizer), seed), plain_tokenizer, tmp_path / name)
+    sampled_with = []
+
+    def one_response(engine, problems, *_, **__):
+        sampled_with.append(engine.model.model["embed_tokens"].weight.detach().clone())
+        return [{"problem": "9*1 total?", "response": RESPONSE, "tokens": 9}], {"accepted": 1}
+
+    def train(folder, *flags):
+        words = f"stage2 --init {tmp_path}/zero --out {tmp_path}/{folder} --problems 1 --epochs 1 --lr 1e-6"
+        monkeypatch.setattr(sys, "argv", [*words.split(), "--muon-lr", "0", "--device", "cpu", *flags])
+        stage2_beta.main()
+        return load_file(tmp_path / folder / "model.safetensors")
+
+    monkeypatch.setattr(stage2_beta, "rejection_sample", one_response)
+    zero, base = (load_file(tmp_path / name / "model.safetensors") for name in ("zero", "base"))
+    for name, flags, start in (("out", (), zero), ("other", ("--start", f"{tmp_path}/base"), base)):
+        trained = train(name, *flags)
+        for key in start:
+            rows = len(start[key])  # the tags' rows come behind
+            torch.testing.assert_close(trained[key][:rows], start[key], atol=1e-5, rtol=0)
+    assert all(torch.equal(weight, zero["model.embed_tokens.weight"]) for weight in sampled_with)
+    assert len(sampled_with) == 2
+
+    # another start is another run; the same one, its path spelled otherwise, is not
+    with pytest.raises(stage0.UserError, match="other content of --start"):
+        train("other")
+    with pytest.raises(SystemExit):
+        train("other", "--start", f"{tmp_path}/./base/")
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_samples_are_appended_part_by_part_and_a_line_cut_off_is_sampled_again(
+    tmp_path, monkeypatch, plain_tokenizer
+):
+    stage0.save(random_model(len(plain_tokenizer)), plain_tokenizer, tmp_path / "zero")
+    kept = tmp_path / "out" / "resume" / "samples.jsonl"
+    asked = []
+
+    def one_response(engine, problems, *_, **__):
+        asked.append(len(asked))
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        record = {"problem": problems[0].question, "response": RESPONSE, "tokens": 9}
+        return [record], {"accepted": 1}
+
+    whole = []  # how often the file is written from its beginning
+    write_text = stage2_beta.write_text
+    monkeypatch.setattr(stage2_beta, "write_text", lambda *a: (whole.append(a[0]), write_text(*a)))
+    monkeypatch.setattr(stage2_beta, "PART", 1)
+    monkeypatch.setattr(stage2_beta, "rejection_sample", one_response)
+    words = (
+        f"stage2 --init {tmp_path}/zero --out {tmp_path}/out --problems 6 --samples 1 --epochs 1 --device cpu"
+    )
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(KeyboardInterrupt):
+        stage2_beta.main()
+    lines = kept.read_bytes().splitlines(keepends=True)
+    assert whole == [kept] and len(lines) == 4
+    kept.write_bytes(b"".join(lines)[:-7])  # a kill in the middle of a line
+
+    stage2_beta.main()
+    assert whole == [kept] * 2 and len(asked) == 5 + 3
+    questions = datasets.load_from_disk(str(tmp_path / "out" / "data"))["problem"]
+    assert len(set(questions)) == 6 and not kept.exists()

@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM
 import engine as engine_module
 import eval as judge
 import stage0_model as stage0
+import stage1_zero
+import stage2_beta
+import stage3_papo
 from engine import TAGS, MalformedTrajectory
 from stage0_model import UserError, prompt_ids
 from stage2_beta import encode_response
@@ -236,25 +239,45 @@ def test_a_checkpoint_is_asked_with_its_own_prompt_unless_told_otherwise(tmp_pat
         (tmp_path / f"{name}.txt").write_text(f"The {name} prompt.\n")
     eval_args = (judge, f"{folder}=format", "--n", "3", "--out", tmp_path / "out")
     engine_args = (engine_module, "1+1?", "--init", folder)
-    for made, expected in [
-        ({"prompt_file": str(tmp_path / "own.txt")}, "The own prompt."),
-        ({"prompt_file": ""}, stage0.FORMAT_PROMPT),
-        ({"prompt_file": "", "data": "out/stage2/data"}, stage0.FORMAT_PROMPT),  # as a twin has it
-    ]:
-        (folder / "args.json").write_text(json.dumps(made))
+    (folder / "args.json").write_text('{"steps": 1}')
+    for made, expected in ((None, stage0.FORMAT_PROMPT), ("The own prompt.\n", "The own prompt.")):
+        if made:
+            (folder / "prompt.txt").write_text(made)
         for command in (eval_args, engine_args):
             assert asked(*command) == expected
             other = (*command, "--prompt-file", tmp_path / "other.txt")
             assert asked(*other) == "The other prompt."
     (folder / "args.json").unlink()
+    (folder / "prompt.txt").unlink()
     assert asked(*eval_args) == stage0.FORMAT_PROMPT  # made problems
     assert asked(*engine_args) == stage0.read_prompt("", True)  # it was not brought up on those
 
 
-def test_a_prompt_file_that_is_gone_is_named_with_where_it_was_asked_for(tmp_path, folder):
-    (folder / "args.json").write_text(json.dumps({"prompt_file": "gone.txt"}))
-    with pytest.raises(UserError, match=r"args\.json: prompt_file gone\.txt: no such file.*--prompt-file"):
-        stage0.read_prompt("", "", folder)
+@pytest.mark.parametrize("script", [stage1_zero, stage2_beta, stage3_papo])
+def test_a_run_keeps_the_text_that_it_asked_with_so_that_its_file_may_go(
+    tmp_path, monkeypatch, script, tokenizer
+):
+    stage0.save(random_model(len(tokenizer)), tokenizer, tmp_path / "init")
+    (tmp_path / "prompt.txt").write_text("Denk nach, größer als \u2265 1.\n", encoding="utf-8")
+    flags = f"--init {tmp_path}/init --out {tmp_path}/out --prompt-file {tmp_path}/prompt.txt --device cpu"
+
+    def stop(*_, **__):
+        raise Asked
+
+    monkeypatch.setattr(script, "Engine", stop)  # the folder is in order by then
+    monkeypatch.setattr(sys, "argv", ["stage", *flags.split()])
+    with pytest.raises(Asked):
+        script.main()
+    (tmp_path / "prompt.txt").unlink()
+    assert stage0.read_prompt("", "", tmp_path / "out") == "Denk nach, größer als \u2265 1."
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "{", "\xff"])
+def test_a_config_that_is_no_object_is_named_in_one_line_however_deep(folder, text):
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"config\.json: not a readable JSON object"):
+        stage0.load(folder)
+    assert stage0.read_object(folder / "config.json", {}) == {}
 
 
 # ---- tokens that the engine can produce ----

@@ -17,6 +17,7 @@ from test_beta import RESPONSE
 from test_pipeline import SCRIPTS
 
 import stage0_model as stage0
+import stage1_zero
 
 WHOLE = "expected a whole number from"
 ABOVE_0 = "expected a finite number above 0"
@@ -109,6 +110,8 @@ MISTAKES = [
     ("stage1_zero.py --init {done} --out {done}/../done", "is --init, or lies in it"),
     ("stage1_zero.py --init {done} --out {done}/next", "is --init, or lies in it"),
     ("stage2_beta.py --init {done} --out {done}", "is --init, or lies in it"),
+    ("stage2_beta.py --init {plain} --start {done} --out {done}", "is --start, or lies in it"),
+    ("stage2_beta.py --init {plain} --start {t}/nowhere --out {done}", "no such checkpoint folder"),
     ("stage3_papo.py --init {tagged} --out {tagged}", "is --init, or lies in it"),
     ("stage3_papo.py --init {tagged} --out {link}", "is --init, or lies in it"),
     (
@@ -179,6 +182,26 @@ MISTAKES = [
     ("stage0_model.py --out {done} extra", "unrecognized arguments: extra"),
     ("stage0_model.py --out", "argument --out: expected one argument"),
     ("stage0_model.py --out {done} --steps", "argument --steps: expected one argument"),
+    ("stage0_model.py --out {done} --overwrite yes", "argument --overwrite: invalid choice: 'yes'"),
+    ("stage0_model.py --out {done} --overwrite stale", "holds another run, finished (--steps 7, now 2400"),
+    ("stage0_model.py --out {done} --track mlflow", "argument --track: invalid choice: 'mlflow'"),
+    ("stage0_model.py --out {done} --track wandb", "--track wandb is not installed: pip install wandb"),
+    (
+        "stage1_zero.py --init {plain} --out {done} --lora -1",
+        "argument --lora: '-1', expected a whole number",
+    ),
+    ("stage1_zero.py --init {t}/nowhere --plan", "no such checkpoint folder"),
+    (
+        "stage1_zero.py --init {plain} --out {done} --max-new-tokens 9999999",
+        "which with --max-new-tokens 9999999",
+    ),
+    (
+        "stage3_papo.py --init {tagged} --out {done} --max-new-tokens 9999999",
+        "exceed the KV budget of 262144",
+    ),
+    ("stage1_zero.py --init {plain} --data {t}/long.json --out {done}", "the prompt of question 1 has 30"),
+    ("stage2_beta.py --init {plain} --data {t}/long.json --out {done}", "the prompt of question 1 has 30"),
+    ("stage3_papo.py --init {tagged} --data {t}/long.json --out {done}", "the prompt of question 1 has 30"),
     ("stage1_zero.py --out {done} --kind riddles", "argument --kind: invalid choice: 'riddles'"),
     ("stage1_zero.py --out {done} --dtype float16", "argument --dtype: invalid choice: 'float16'"),
     ("eval.py {plain} --out {done} --split test", "argument --split: invalid choice: 'test'"),
@@ -215,6 +238,7 @@ def places(tmp_path_factory, plain_tokenizer, tokenizer):
     files = {
         "empty": [],
         "rows": [{"problem": "1+1?", "answer": "2"}],
+        "long": [{"problem": "1+1?", "answer": "2"}, {"problem": "1+" * 150_000 + "1?", "answer": "2"}],
         "untagged": [good | {"response": "\\boxed{2}"}],
         "null": [good, good | {"problem": None}],
         "nothing": [{"response": "", "problem": "1+1?"}],
@@ -389,3 +413,92 @@ def test_two_processes_cannot_write_to_one_folder_and_a_killed_one_leaves_no_loc
     other.kill()
     other.wait()
     stage0.Run(stage0.parse_args(["--out", str(tmp_path / "run")]))
+
+
+SHORT = (
+    "--steps 1 --prompts 1 --group-size 2 --max-new-tokens 8 --overlong-buffer 4 --max-rounds 1 --device cpu"
+)
+
+
+def test_other_input_is_moved_aside_when_asked_for_and_other_settings_are_not(
+    monkeypatch, capsys, tmp_path, places
+):
+    """--overwrite stale, which make gives: a base trained anew is no mistake, another rate may be one."""
+    base = shutil.copytree(places["plain"], tmp_path / "base")
+    words = f"stage1_zero.py --init {base} --out {tmp_path}/out {SHORT} --overwrite stale"
+    assert command(monkeypatch, capsys, {}, words)[0] == 0
+    old = files_of(tmp_path / "out")
+    assert "is finished" in command(monkeypatch, capsys, {}, words)[1]
+    status, _, lines = command(monkeypatch, capsys, {}, f"{words} --lr 0.5")
+    assert status == 2 and "--lr 0.00015, now 0.5" in lines[-1]
+    model, tokenizer = stage0.load(base)
+    with torch.no_grad():
+        model.model["norm"].weight[0] += 1e-3
+    stage0.save(model, tokenizer, base)
+
+    # both at once: refused all the same
+    status, _, lines = command(monkeypatch, capsys, {}, f"{words} --lr 0.5")
+    assert (
+        status == 2 and "now 0.5; other content of --init" in lines[-1] and files_of(tmp_path / "out") == old
+    )
+    assert command(monkeypatch, capsys, {}, words)[0] == 0
+    assert files_of(tmp_path / "out.old-1") == old
+    assert files_of(tmp_path / "out")["model.safetensors"] != old["model.safetensors"]
+
+
+def test_a_half_done_run_of_an_older_base_is_moved_aside_too(monkeypatch, capsys, tmp_path, places):
+    base = shutil.copytree(places["plain"], tmp_path / "base")
+    argv = ["--init", str(base), "--out", str(tmp_path / "out"), "--overwrite", "stale"]
+    model, tokenizer = stage0.load(base)
+    stage0.Run(stage1_zero.parse_args(argv)).checkpoint(model, [], 3)
+    state = (tmp_path / "out" / "resume" / "state.pt").read_bytes()
+    stage0.Run(stage1_zero.parse_args(argv))  # nothing has changed: it goes on
+    assert (tmp_path / "out" / "resume" / "state.pt").read_bytes() == state
+    stage0.save(random_model(len(tokenizer), seed=8), tokenizer, base)
+    stage0.Run(stage1_zero.parse_args(argv))
+    assert (tmp_path / "out.old-1" / "resume" / "state.pt").read_bytes() == state
+    assert not (tmp_path / "out" / "resume").exists()
+
+
+@pytest.mark.parametrize("lora, bytes_each", [(0, 12 + 12), (4, 4)])
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    monkeypatch, capsys, tmp_path, places, lora, bytes_each
+):
+    model, _ = stage0.load(places["plain"])
+    size = sum(p.numel() for p in model.parameters())
+    inside = [p.shape for name, p in model.named_parameters() if "_proj" in name]
+    needed = bytes_each * size + (24 - 12) * lora * sum(map(sum, inside))
+    disk = shutil.disk_usage(tmp_path)
+    out = shutil.copytree(places["done"], tmp_path / "out")
+    before = files_of(out)
+    words = f"stage1_zero.py --init {places['plain']} --out {out} {SHORT} --lora {lora} --overwrite"
+
+    for free in (needed - 1, needed):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: disk._replace(free=free))
+        status, _, lines = command(monkeypatch, capsys, {}, words)
+        if free < needed:
+            assert status == 2 and f"{needed / 1e9:.3f} GB will be written there" in lines[-1]
+            assert files_of(out) == before and not (tmp_path / "out.old-1").exists()
+    assert status == 0
+
+
+def test_a_tracker_gets_the_rows_of_the_log_and_the_settings(monkeypatch, capsys, tmp_path):
+    """A stand-in for trackio, whose functions have these names and arguments."""
+    (tmp_path / "trackio.py").write_text(
+        "seen = []\n"
+        "def init(project, name=None, config=None, resume='never'): seen.append((project, name, dict(config)))\n"
+        "def log(metrics, step=None): seen.append((dict(metrics), step))\n"
+        "def finish(): seen.append('end')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "out"
+    assert command(monkeypatch, capsys, {}, f"{SMALL} --out {out} --track trackio")[0] == 0
+    import trackio
+
+    (project, name, config), *rows, end = trackio.seen
+    assert (project, name, config["steps"], end) == ("npr", str(out), 4, "end")
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert rows == [(row, row["step"]) for row in logged] and len(rows) == 4
+
+    # where a run is told of is no setting of the run
+    assert "is finished" in command(monkeypatch, capsys, {}, f"{SMALL} --out {out}")[1]

@@ -45,17 +45,17 @@ def decode(model, tokenizer, kind=ScriptedEngine):
 
 def test_a_run_of_ones_own_goes_before_what_is_shipped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert [(tmp_path / folder).resolve() for folder in stage0.trained("stage3")] == [
+    assert [(tmp_path / folder).resolve() for folder in stage0.finished("stage3")] == [
         (SHIPPED / "stage3").resolve()
     ]
     for stage in ("stage0", "stage3"):
         (tmp_path / "out" / stage).mkdir(parents=True)
     (tmp_path / "out" / "stage3" / "model.safetensors").touch()
-    assert stage0.trained("stage3") == ["out/stage3"]
+    assert stage0.finished("stage3") == ["out/stage3"]
     assert capsys.readouterr().out.splitlines()[-1] == "checkpoints: out/stage3"
 
     # some of a run and some of what is shipped would not be a comparison
-    (mixed,) = {folder.split("/stage")[0] for folder in stage0.trained("stage0", "stage3")}
+    (mixed,) = {folder.split("/stage")[0] for folder in stage0.finished("stage0", "stage3")}
     assert mixed.endswith("assets/npr-tiny")
 
 
@@ -107,7 +107,7 @@ def test_the_live_view_ends_as_the_rollout_and_leaves_what_stood_above_it(model,
 
 
 def test_a_sample_is_judged_where_no_checkpoint_is_named_and_what_is_said_still_counts(monkeypatch):
-    monkeypatch.setattr(judge, "trained", lambda *stages: [f"x/{stage}" for stage in stages])
+    monkeypatch.setattr(judge, "finished", lambda *stages: [f"x/{stage}" for stage in stages])
     args = judge.parse_args(["--n", "7"])
     assert args.checkpoints == ["x/stage0", "x/stage1", "x/stage2", "x/stage3"]
     assert (args.n, args.greedy, args.out) == (7, 120, "out/sample")

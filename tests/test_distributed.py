@@ -181,3 +181,65 @@ def test_shares_put_together_are_the_list(monkeypatch):
             parts.append(stage0.my_share(items))
         assert sum(parts, []) == items
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def updates(rank, world, port, folder, muon_lr):
+    """Five updates on one batch, a resume point after three; {tensor: value} and the numbers of state
+    that this rank holds go to <folder>/<world>-<rank>.pt."""
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world)}
+        stage0.pick_device("cpu")
+    run = stage0.Run(stage0.parse_args(["--out", f"{folder}/{world}"]))
+
+    def steps(model, optimizers, numbers):
+        for i in numbers:
+            ids = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(i))
+            # halves of one loss, to the bit, so that only the optimizers can differ
+            (model(ids).float().log_softmax(-1).square().mean() / world).backward()
+            stage0.update(model, optimizers)
+
+    model = random_model(60).to(torch.bfloat16)
+    optimizers = stage0.make_optimizers(model, 1e-3, muon_lr)
+    steps(model, optimizers, range(3))
+    run.checkpoint(model, optimizers, 3)
+    stage0.from_all_ranks([])
+
+    # what goes on is another model and other optimizers, as after a kill
+    model = random_model(60, seed=5).to(torch.bfloat16)
+    optimizers = stage0.make_optimizers(model, 1e-3, muon_lr)
+    assert run.start(model, optimizers) == 3
+    steps(model, optimizers, range(3, 5))
+    held = sum(
+        value.numel()
+        for optimizer in optimizers
+        for part in {id(o): o for o in (optimizer, getattr(optimizer, "optim", optimizer))}.values()
+        for state in part.state.values()
+        for value in state.values()
+        if value.dim()
+    )
+    weights = {name: p.detach() for name, p in stage0.trained(model).items()}
+    torch.save((weights, held), folder / f"{world}-{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("muon_lr", [0.0, 1e-3])
+def test_two_ranks_hold_half_of_the_optimizers_state_each_and_step_as_one_process(tmp_path, muon_lr):
+    updates(0, 1, None, tmp_path, muon_lr)
+    torch.multiprocessing.spawn(updates, (2, free_port(), tmp_path, muon_lr), nprocs=2)
+    weights, whole = torch.load(tmp_path / "1-0.pt")
+    shares = []
+    for rank in (0, 1):
+        others, held = torch.load(tmp_path / f"2-{rank}.pt")
+        shares.append(held)
+        for name in weights:
+            assert torch.equal(others[name], weights[name]), name
+    assert sum(shares) == whole and max(shares) < 0.55 * whole
+
+    # a resume point is one process's: two ranks go on from it, and it goes on from theirs
+    one, two = (torch.load(tmp_path / f"{n}" / "resume" / "state.pt", weights_only=True) for n in "12")
+    for mine, theirs in zip(one["optimizers"], two["optimizers"]):
+        assert mine["state"].keys() == theirs["state"].keys()
+        assert [g["params"] for g in mine["param_groups"]] == [g["params"] for g in theirs["param_groups"]]

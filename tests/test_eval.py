@@ -263,3 +263,35 @@ def test_checkpoints_of_similar_names_keep_files_of_their_own(tmp_path, monkeypa
     evaluate(monkeypatch, "a/b=format", "a_b=format", "a/b/=plain", "--out", "out")
     assert len(list((tmp_path / "out" / "heldout").iterdir())) == 3
     assert not list((tmp_path / "out").rglob("*.old-*"))
+
+
+def test_rows_judged_under_other_settings_are_moved_aside_whole(tmp_path, monkeypatch, plain_tokenizer):
+    stage0.save(random_model(len(plain_tokenizer)), plain_tokenizer, tmp_path / "base")
+    before = {}
+    for n, temperature in enumerate(("1.0", "0.5", "0.25")):
+        flags = (f"{tmp_path}/base=format", "--out", tmp_path / "out", "--temperature", temperature)
+        evaluate(monkeypatch, *flags)
+        [file] = (tmp_path / "out" / "heldout").glob("*.jsonl")
+        for number in range(1, n + 1):
+            old = file.with_suffix(f".old-{number}")
+            assert old.read_bytes() == before[number]
+        before[n + 1] = file.read_bytes()
+        assert json.loads(before[n + 1].splitlines()[0])["temperature"] == float(temperature)
+    assert len(list((tmp_path / "out" / "heldout").iterdir())) == 3
+
+    # the greedy rows had the same settings each time: they were kept, and nothing was moved
+    assert len(list((tmp_path / "out" / "heldout-greedy").iterdir())) == 1
+
+
+def test_a_checkpoint_is_fingerprinted_once_for_all_sets_of_problems(tmp_path, monkeypatch, plain_tokenizer):
+    stage0.save(random_model(len(plain_tokenizer)), plain_tokenizer, tmp_path / "base")
+    read = []
+    fingerprint = judge.fingerprint
+
+    def counted(value):
+        read.append(value)
+        return fingerprint(value)
+
+    monkeypatch.setattr(judge, "fingerprint", counted)
+    evaluate(monkeypatch, f"{tmp_path}/base=format", "--out", tmp_path / "out")
+    assert read.count(tmp_path / "base") == 1 and len(read) == 3  # and both sets of problems

@@ -5,6 +5,10 @@
 
 import base64
 import collections
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import stage0_model as stage0
+import stage1_zero
 from engine import TAGS, Engine, tag_token_ids
 from stage0_model import REAL_PLAIN_PROMPT, prompt_ids, read_prompt, response_text
 from stage1_zero import format_score
@@ -135,6 +140,54 @@ def test_an_english_guideline_forks_and_its_rollout_is_scored_in_training_as_it_
 
     # it is a model of English: these words are likelier by far than others of its vocabulary
     assert sum(r.logprobs) / (len(r.ids) - sum(r.forced)) > -5.0
+
+
+# ---- what a run needs ----
+
+# Stage 1 in a process of its own: its peak above what the libraries take, in bytes.  Right is every
+# other response, so that every group has something to learn.
+PEAK = """
+import functools, itertools, re, sys, torch
+import stage0_model, stage1_zero
+
+def resident(key):
+    return 1024 * int(re.search(rf"{key}:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+verdicts = itertools.cycle([True, False])
+stage0_model.Problem.verify = lambda problem, text: next(verdicts)
+stage1_zero.format_score = lambda text: 0.0
+stage1_zero.Engine = functools.partial(stage1_zero.Engine, kv_tokens=1024)
+weight = torch.nn.Parameter(torch.ones(2, 2))
+weight.grad = torch.ones(2, 2)
+torch.optim.AdamW([weight]).step()  # imports
+before = resident("VmRSS")
+stage1_zero.main()
+print("peak", resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("flags", ["--recompute", "", "--recompute --lora 16"])
+def test_the_plan_of_a_run_is_within_a_tenth_of_its_measured_peak(tmp_path, flags):
+    words = (
+        f"--init {PATH} --kind sums --steps 2 --prompts 1 --group-size 2 --updates 1 --max-rounds 1 {flags}"
+    )
+    words += " --max-new-tokens 32 --overlong-buffer 20 --lr 1e-6 --micro-tokens 266 --device cpu"
+    # malloc gives back what is freed, so that what is resident is what is in use
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-c", PEAK, *words.split(), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    peak = int(re.search(r"^peak (\d+)", done.stdout, re.M)[1])
+
+    config, _ = stage0.read_config(PATH)
+    args = stage1_zero.parse_args(words.split())
+    parts = stage1_zero.memory(config, 4, args.lora, 1, args)
+    pool = parts.pop("the engine's keys and values")
+    assert pool > 0
+    planned = (
+        sum(parts.values()) + 1024 * 2 * 4 * 30 * 3 * 64
+    )  # slots, keys and values, fp32, layers, heads, D
+    print(flags, f"planned {planned / 1e9:.2f} GB, measured {peak / 1e9:.2f} GB")
+    assert abs(planned - peak) < 0.1 * peak, (planned, peak)
 
 
 # ---- every trained token could have been sampled or forced ----

@@ -1,13 +1,17 @@
 """Stage 1: every rung of the format reward, and DAPO by hand-worked numbers."""
 
+import functools
+import json
 import random
 import re
+import sys
 import time
 
 import pytest
 import torch
 
 import stage0_model as stage0
+import stage1_zero
 from engine import TAGS
 from stage1_zero import VIOLATIONS, dapo_advantages, dapo_loss, format_score, overlong_penalty, parse_response
 
@@ -225,3 +229,41 @@ def test_the_parser_takes_linear_time(unit):
 def test_numbers_of_any_length_are_numbers():
     assert "numbering" in parse_response(f"<guideline><plan>{'1' * 5000}:A</plan></guideline>").violations
     assert not parse_response(GOOD.replace("<plan>1:", "<plan>001:")).violations
+
+
+def test_the_plan_of_qwen3_4b_adds_up_as_by_hand(tmp_path, capsys, monkeypatch):
+    """From config.json alone: there are no weights in that folder."""
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "head_dim": 128}
+    sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936, "rms_norm_eps": 1e-6}
+    sizes |= {"model_type": "qwen3", "dtype": "bfloat16", "rope_theta": 1e6, "max_position_embeddings": 40960}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"tie_word_embeddings": True}))
+    command = ["stage1", "--plan", "--init", str(tmp_path), "--recompute", "--lora", "32"]
+    monkeypatch.setattr(sys, "argv", command)
+    stage1_zero.main()
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split("  ")[-1].strip() == "--lora 32, 8 GPUs"
+    rows = {line[:38].strip(): [float(x) for x in line[38:].split()] for line in lines}
+    assert all(len(row) == 4 for row in rows.values())
+
+    # 4.02e9 parameters, 36 x 7 projections of them: in and out widths of each, times 32
+    q, k, o, up = 2560 * 4096, 2560 * 1024, 4096 * 2560, 2560 * 9728
+    inside = 36 * (q + 2 * k + o + 3 * up)
+    adapters = 36 * 32 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728))
+    whole = inside + 151936 * 2560 + 36 * (2 * 2560 + 2 * 128) + 2560
+    near = functools.partial(pytest.approx, abs=0.01)
+    assert rows["weights"] == near([whole * 2e-9] * 4)
+    assert rows["the base beside merged weights"] == near([0, 0, inside * 2e-9, inside * 2e-9])
+    assert rows["masters or adapters, fp32"] == near([whole * 4e-9] * 2 + [adapters * 4e-9] * 2)
+    assert rows["Adam's moments, fp32"] == near(
+        [8e-9 * x for x in (whole, whole / 8, adapters, adapters / 8)]
+    )
+    for column in range(4):
+        parts = [row[column] for row in rows.values()]
+        assert parts[-1] == pytest.approx(sum(parts[:-1]), abs=0.05)
+
+    # the engine's own rule: a quarter of what is free beside the weights, 147,456 bytes a token
+    for gpu, pool, weights in zip(
+        rows["a GPU with at least"], rows["the engine's keys and values"], rows["weights"]
+    ):
+        assert pool == pytest.approx(min((gpu - weights) / 4, 2**18 * 147_456e-9), abs=0.02)
+    assert not (tmp_path / "args.json").exists()
