@@ -168,7 +168,7 @@ $(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
 # ---- evidence: every run and judgement behind docs/results.md, each resumable ----
 
 E := $(OUT)/evidence
-evidence: seeds $(E)/best/eval.json $(E)/controls/eval.json $(E)/votes/eval.json $(E)/path/eval.json ladder
+evidence: seeds $(E)/best/eval.json $(E)/hard/eval.json $(E)/controls/eval.json $(E)/votes/eval.json $(E)/path/eval.json ladder
 	$(PY) docs/evidence.py $(OUT)
 
 # which temperature suits whom, on `tune`; then held out, each at its own best
@@ -190,6 +190,10 @@ $(OUT)/rejection/$(DONE): $(OUT)/stage2/$(DONE)
 CONTROLS := stage3 random format rejection stage3_seq
 $(E)/controls/eval.json: $(CONTROLS:%=$(OUT)/%/$(DONE))
 	$(RUN) eval.py $(CONTROLS:%=$(OUT)/%) --greedy 1002 --timed 0 --out $(@D)
+
+# longer and wider than anything in training, against the sequential twin
+$(E)/hard/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
+	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --split hard --n 600 --greedy 600 --max-new-tokens 1792 --out $(@D)
 
 # majority votes at NPR's cost
 $(E)/votes/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)

@@ -203,6 +203,26 @@ def ladder_table(out):
     return markdown(rows)
 
 
+def hard_table(out):
+    """NPR and its sequential twin on the split `hard`, longer and wider than anything in training."""
+    folder = out / "evidence/hard"
+    sampled, greedy = judged(folder, "hard"), judged(folder, "hard-greedy")
+    twin = ("stage3_seq", "format")
+    rows = []
+    for kind in (None, *KINDS):
+        ours, theirs = (values(sampled[name], kind=kind) for name in (NPR, twin))
+        row = {"problems": kind or "all", "NPR %": percent(ours), "SR %": percent(theirs)}
+        row["NPR minus SR"] = difference(ours, theirs)
+        best, their_best = (values(greedy[name], kind=kind) for name in (NPR, twin))
+        row |= {"NPR, greedily %": percent(best), "SR, greedily %": percent(their_best)}
+        row["NPR minus SR, greedily"] = difference(best, their_best)
+        for label, name in (("NPR", NPR), ("SR", twin)):
+            valid = values(sampled[name], of=lambda row: row["valid"], kind=kind)
+            row[f"{label} valid %"] = f"{100 * np.mean(list(valid.values())):.1f}"
+        rows.append(row)
+    return markdown(rows)
+
+
 CONTROLS = {
     "random": "random reward (`--reward random`)",
     "format": "format reward alone (`--reward format`)",
@@ -301,6 +321,7 @@ TABLES = {
     "kinds": (kinds_table, "eval.json"),
     "temperatures": (temperatures_table, "evidence/temperature"),
     "ladder": (ladder_table, "evidence/ladder"),
+    "hard": (hard_table, "evidence/hard"),
     "controls": (controls_table, "evidence/controls"),
     "votes": (equal_cost_table, "evidence/votes"),
     "path": (path_table, "evidence/path"),
