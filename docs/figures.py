@@ -337,9 +337,14 @@ def chains_in_words(parts):
 
 def sums_in_words(parts):
     """What sums ask, for someone who has not seen their notation."""
-    products = [f"{label} is {a} times {b}" for label, (_, a, b) in zip(parts["labels"], parts["terms"])]
-    signs = "".join(f" {sign} {label}" for label, (sign, _, _) in zip(parts["labels"], parts["terms"]))
-    return f"{listed(products)}. What are the last two digits of {signs[3:]}?"
+    start, ops = parts["chains"][0]
+    worked = ", ".join(OP_WORDS[op].format(operand) for op, operand in ops)
+    many = NUMBER_WORDS[len(parts["labels"])]
+    return (
+        f"{many.capitalize()} amounts, {listed(parts['labels'])}, are worked out from left to right: "
+        f"{parts['labels'][0]} is {start}, {worked}. The others likewise. What are the last two digits of "
+        "their total?"
+    )
 
 
 def countdown_in_words(parts):
@@ -637,14 +642,14 @@ def read_run(folder):
         log = folder / stage / "log.jsonl"
         if not log.is_file():
             raise UserError(f"{log}: no such file; expected the folder of a run, e.g. out after make")
-        stages[stage] = read_object(log.parent / "args.json"), read_jsonl(log)
+        stages[stage] = read_object(log.parent / "args.json", {}), read_jsonl(log)
     return stages, read_judgements(folder)
 
 
 def read_judgements(folder):
     """The results in a folder's eval.json.  Raises UserError when it has none."""
     file = Path(folder) / "eval.json"
-    results = read_object(file).get("checkpoints")
+    results = read_object(file, {}).get("checkpoints")
     if not results:
         raise UserError(f"{file}: no judgements; expected a folder that eval.py wrote to (--out)")
     return results
@@ -668,7 +673,7 @@ def data_of(stage, args, folder):
         tokens = args["steps"] * args["batch_tokens"] / 1e6
         return f"{tokens:.1f}M tokens of worked problems with {args['slip']:.0%} slips"
     if stage == "stage2":
-        reasons = read_object(folder / stage / "rejection.json")
+        reasons = read_object(folder / stage / "rejection.json", {})
         return f"{reasons.get('accepted', 0):,} of {sum(reasons.values()):,} own samples, right and valid"
     own = "own samples" if stage == "stage1" else "rollouts of the engine"
     return f"{args['steps']} steps of {args['prompts']} \u00d7 {args['group_size']} {own}"

@@ -52,7 +52,7 @@ def decoded(model, tokenizer):
 @pytest.fixture
 def scripted(decoded, monkeypatch):
     """The pictures of a rollout are drawn of this one."""
-    monkeypatch.setattr(figures, "trained", lambda stage: ["x/stage3"])
+    monkeypatch.setattr(figures, "finished", lambda stage: ["x/stage3"])
     monkeypatch.setattr(figures, "built_in", lambda init: decoded)
     return decoded
 
@@ -196,9 +196,9 @@ def test_every_kind_of_problem_can_be_said_in_words():
         "Two numbers, A and C, each go through 2 operations, and only the last two digits count. "
         "A starts at 12: add 5, times 3. The others likewise. What is the largest of the two results?"
     )
-    terms = {"labels": ["B", "C", "D"], "terms": [("+", 37, 6), ("-", 12, 4), ("+", 20, 3)]}
-    assert figures.sums_in_words(terms).endswith(
-        "and D is 20 times 3. What are the last two digits of B - C + D?"
+    assert figures.sums_in_words(parts) == (
+        "Two amounts, A and C, are worked out from left to right: A is 12, add 5, times 3. The others "
+        "likewise. What are the last two digits of their total?"
     )
 
 
