@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the six files lie one folder up
 
 from eval import mean_and_ci, pass_at  # noqa: E402
-from stage0_model import KINDS, last_boxed, read_jsonl, run_main, write_text  # noqa: E402
+from stage0_model import KINDS, last_boxed, read_jsonl, read_object, run_main, write_text  # noqa: E402
 
 # ==================================================================================================
 # 1. Judged responses
@@ -132,6 +132,30 @@ def stages_table(out):
                 "tokens": f"{mean['tokens']:.0f}",
                 "critical path": f"{mean['critical_path']:.0f}",
                 "tokens/path": f"{mean['tokens'] / mean['critical_path']:.2f}",
+            }
+        )
+    return markdown(rows)
+
+
+def results_table(out):
+    """README's table: each checkpoint, mean over seeds, and how long one answer takes."""
+    sampled, greedy = seeds_of(out)
+    judgements = read_object(out / "eval.json")["checkpoints"]
+    seconds = {(Path(r["checkpoint"]).name, r["mode"]): r["seconds to answer"] for r in judgements}
+    rows = []
+    for name, label in STAGES.items():
+        runs = [run[name] for run in sampled if name in run]
+        best = [run[name] for run in greedy if name in run]
+        flat = [row for run in runs for rows_of in run.values() for row in rows_of]
+        mean = {key: np.mean([row[key] for row in flat]) for key in ("valid", "tokens", "critical_path")}
+        rows.append(
+            {
+                "checkpoint": label,
+                "greedy %": percent(over_seeds(best)),
+                "sampled %": percent(over_seeds(runs)),
+                "valid %": "-" if name == BASE else f"{100 * mean['valid']:.1f}",
+                "tokens / critical path": f"{mean['tokens'] / mean['critical_path']:.2f}",
+                "s/answer": f"{seconds[name]:.2f}",
             }
         )
     return markdown(rows)
@@ -315,23 +339,25 @@ def weight_of(name):
 # 3. The page
 # ==================================================================================================
 
-# {name of a table: (what makes it, the file or folder that it needs)}
-TABLES = {
-    "stages": (stages_table, "eval.json"),
-    "kinds": (kinds_table, "eval.json"),
-    "temperatures": (temperatures_table, "evidence/temperature"),
-    "ladder": (ladder_table, "evidence/ladder"),
-    "hard": (hard_table, "evidence/hard"),
-    "controls": (controls_table, "evidence/controls"),
-    "votes": (equal_cost_table, "evidence/votes"),
-    "path": (path_table, "evidence/path"),
+# {page: {name of a table: (what makes it, the file or folder that it needs)}}
+PAGES = {
+    "README.md": {"results": (results_table, "eval.json")},
+    "docs/results.md": {
+        "stages": (stages_table, "eval.json"),
+        "kinds": (kinds_table, "eval.json"),
+        "temperatures": (temperatures_table, "evidence/temperature"),
+        "ladder": (ladder_table, "evidence/ladder"),
+        "hard": (hard_table, "evidence/hard"),
+        "controls": (controls_table, "evidence/controls"),
+        "votes": (equal_cost_table, "evidence/votes"),
+        "path": (path_table, "evidence/path"),
+    },
 }
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("out", nargs="?", default="out", type=Path, help="where the stages and judgements lie")
-    p.add_argument("--page", default="docs/results.md", type=Path, help="file whose tables are made anew")
     p.add_argument("--best", default="", help="print the best temperature of this stage, on `tune`")
     args = p.parse_args()
     if args.best:
@@ -340,17 +366,18 @@ def main():
         return
 
     # Only what stands between <!-- name --> and <!-- /name --> is written: the prose is by hand.
-    page = args.page.read_text("utf-8")
-    for name, (make, needs) in TABLES.items():
-        opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        if not (args.out / needs).exists():
-            print(f"{name}: left as it was, {args.out / needs} is not there")
-            continue
-        before, _, rest = page.partition(opening)
-        _, _, after = rest.partition(closing)
-        page = f"{before}{opening}\n{make(args.out)}\n\n{closing}{after}"
-        print(f"{name}: made from {args.out / needs}")
-    write_text(args.page, page)
+    for page, tables in PAGES.items():
+        text = Path(page).read_text("utf-8")
+        for name, (make, needs) in tables.items():
+            opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+            if not (args.out / needs).exists():
+                print(f"{page}: {name} is left as it was, {args.out / needs} is not there")
+                continue
+            before, _, rest = text.partition(opening)
+            _, _, after = rest.partition(closing)
+            text = f"{before}{opening}\n{make(args.out)}\n\n{closing}{after}"
+            print(f"{page}: {name} is made from {args.out / needs}")
+        write_text(Path(page), text)
 
 
 if __name__ == "__main__":
