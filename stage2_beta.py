@@ -162,7 +162,7 @@ def sampled_rows(args, run, model, tokenizer, data, format_prompt):
     parts = read_jsonl(kept)
     size = max(1, PART // args.samples)
     from_all_ranks([])  # every rank has read them before rank 0 writes more
-    if run.writes:
+    if run.writes and kept.is_file():
         write_text(kept, "".join(json.dumps(part) + "\n" for part in parts))  # without a line cut off
     for first in range(len(parts) * size, len(problems), size):
         records, reasons = rejection_sample(
@@ -179,6 +179,7 @@ def sampled_rows(args, run, model, tokenizer, data, format_prompt):
         )
         parts.append({"records": records, "reasons": reasons})
         if run.writes:
+            kept.parent.mkdir(exist_ok=True)
             with open(kept, "a", encoding="utf-8") as file:
                 file.write(json.dumps(parts[-1]) + "\n")
 

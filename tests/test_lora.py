@@ -1,6 +1,7 @@
 """--lora: adapters on every projection against the formula spelled out, transformers and peft."""
 
 import copy
+import json
 import random
 
 import datasets
@@ -147,6 +148,10 @@ def test_a_stage_trains_adapters_goes_on_after_a_kill_and_writes_what_peft_opens
     state = torch.load(p / name / "killed" / "resume" / "state.pt", weights_only=True)
     assert all("lora" in key or "trainable_tokens" in key for key in state["weights"])
     run_jobs(0, 1, [None] * 3, jobs[2:])
+
+    if name == "stage2":
+        log = [json.loads(line) for line in (p / name / "whole" / "log.jsonl").read_text().splitlines()]
+        assert log[-1]["loss"] < log[0]["loss"] - 0.5
 
     # merged: an ordinary checkpoint, which has moved
     whole, killed = (load_file(p / name / folder / "model.safetensors") for folder in ("whole", "killed"))

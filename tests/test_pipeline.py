@@ -147,6 +147,73 @@ def test_stage_1_and_3_checkpoints_load_in_transformers_with_the_same_logits(smo
             torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
 
+# A stage without its training: the folder is looked at and put in order as ever, the weights are random.
+STAND_IN = """
+import importlib, sys
+from pathlib import Path
+sys.path[:0] = {paths}
+from transformers import AutoTokenizer
+from conftest import random_model
+import stage0_model as stage0
+
+script = sys.argv.pop(1)
+if script == "eval.py":
+    Path(sys.argv[sys.argv.index("--out") + 1], "eval.json").touch()
+    sys.exit()
+
+def main():
+    run = stage0.Run(importlib.import_module(script.removesuffix(".py")).parse_args())
+    tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+    run.log(step=1, loss=1.0)
+    run.finish(random_model(len(tokenizer), seed=len(list(Path.cwd().glob("calls/*")))), tokenizer)
+
+(Path.cwd() / "calls").mkdir(exist_ok=True)
+(Path.cwd() / "calls" / str(len(list((Path.cwd() / "calls").iterdir())))).write_text(script)
+stage0.run_main(main)
+"""
+
+
+@pytest.mark.slow
+def test_make_moves_aside_what_a_stage_that_was_trained_anew_has_made_stale(tmp_path, plain_tokenizer):
+    """Real make, real folders, random weights in the place of training."""
+    plain_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    text = STAND_IN.format(paths=[str(ROOT), str(ROOT / "tests")])
+    (tmp_path / "stand_in.py").write_text(text)
+
+    def make(*words):
+        command = ["make", "-f", ROOT / "Makefile", "VENV=", f"PY={sys.executable} stand_in.py", "SHOWN=1"]
+        before = len(list(tmp_path.glob("calls/*")))
+        done = run(*command, *words, "out/eval.json", cwd=tmp_path)
+        calls = sorted(tmp_path.glob("calls/*"), key=lambda file: int(file.name))
+        return done, [file.read_text() for file in calls[before:]]
+
+    stages = ["stage0_model.py", "stage1_zero.py", "stage2_beta.py", "stage3_papo.py"]
+    done, calls = make()
+    assert calls == stages, done.stderr
+    assert make()[1] == []
+
+    # the same bytes, only newer: looked at once, and not again
+    (tmp_path / "out" / "stage1" / "model.safetensors").touch()
+    done, calls = make()
+    assert calls == stages[2:] and done.stdout.count("nothing to do") == 2 and make()[1] == []
+
+    # trained anew: what comes after is moved aside and made again, and nothing else
+    old = {n: (tmp_path / "out" / f"stage{n}" / "model.safetensors").read_bytes() for n in (2, 3)}
+    model, tokenizer = stage0.load(tmp_path / "out" / "stage1")
+    stage0.save(random_model(len(tokenizer), seed=99), tokenizer, tmp_path / "out" / "stage1")
+    done, calls = make()
+    assert done.returncode == 0 and calls == stages[2:], done.stderr
+    for n in (2, 3):
+        assert (tmp_path / "out" / f"stage{n}.old-1" / "model.safetensors").read_bytes() == old[n]
+    assert not (tmp_path / "out" / "stage1.old-1").exists()
+
+    # a mistake of the keyboard is refused as ever
+    (tmp_path / "out" / "stage1" / "model.safetensors").touch()
+    done, calls = make("STAGE2=--lr 0.5")
+    assert done.returncode and "--lr 0.002, now 0.5" in done.stderr and calls == stages[2:3]
+    assert not (tmp_path / "out" / "stage2.old-2").exists()
+
+
 SHORT_RUNS = {
     "stage0_model.py": "--batch-tokens 1500 --hidden-size 64 --layers 1",
     "stage1_zero.py": "--init {init} --prompts 2 --group-size 3 --max-new-tokens 40 --overlong-buffer 20 --max-rounds 1",
