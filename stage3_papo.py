@@ -2,7 +2,7 @@ r"""Stage 3, NPR: optimise the branching policy with PAPO, on rollouts of the pa
 
 In : out/stage2, which decodes in parallel.      Out: out/stage3/, a native parallel reasoner.
 
-R_i = +1 if the answer is right else -1,         A_i = (R_i - mean_G) / (std_batch + eps)
+R_i = +1 right, -1 wrong, -2 not valid,          A_i = (R_i - mean_G) / (std_batch + eps)
 L = -(1 / sum_i |y_i|) sum_i sum_t [pi(y_it) / stopgrad(pi(y_it))] A_i
 
     python stage3_papo.py                         # reads out/stage2, writes out/stage3

@@ -627,7 +627,7 @@ STAGES = {
     "stage0": ("0", "The base", "next-token loss on responses"),
     "stage1": ("1", "NPR-ZERO", "DAPO, R = F if F < 0 else \u00b11; F: format score"),
     "stage2": ("2", "NPR-BETA", "NLL of responses under the parallel layout"),
-    "stage3": ("3", "NPR", "PAPO: on-policy, R = \u00b11, std over the batch"),
+    "stage3": ("3", "NPR", "PAPO: on-policy, R = \u00b11, \u22122 if not valid; std over the batch"),
 }
 
 
