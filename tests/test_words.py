@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 import re
+import shlex
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +16,11 @@ from real_checkpoint import real_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+import eval as judge
 import stage0_model as stage0
+import stage1_zero
+import stage2_beta
+import stage3_papo
 from stage0_model import WORD_KINDS, make_problems
 from stage1_zero import format_score, parse_response
 
@@ -375,3 +381,19 @@ def test_the_rates_of_a_new_model_are_refused_for_one_that_is_trained_already(ll
         stage0.parse_args(["--init", str(llama)])
     with pytest.raises(stage0.UserError, match="--lr 0.003"):
         stage0.parse_args(["--init", str(llama), "--muon-lr", "0"])
+
+
+def test_make_words_runs_every_stage_the_twin_and_the_judge_with_flags_that_they_know():
+    given = ["PY=python", "VENV=", "RANKS=1", "OUT=o", "INIT=Qwen/Qwen3-0.6B", "STAGE0=--lr 1e-5"]
+    done = subprocess.run(["make", "-n", "words", *given], cwd=ROOT, capture_output=True, text=True)
+    scripts = {"stage0_model": stage0, "stage1_zero": stage1_zero, "stage2_beta": stage2_beta}
+    scripts |= {"stage3_papo": stage3_papo, "eval": judge}
+    ran = []
+    for name, flags in re.findall(r"^python +(\w+)\.py (.*)$", done.stdout, re.M):
+        args = scripts[name].parse_args(shlex.split(flags))
+        assert args.kind == "words"
+        ran.append(args.out.removeprefix("o/words/"))
+        if name == "stage0_model":  # the user's flags come last
+            assert args.init == "Qwen/Qwen3-0.6B" and (args.lr, args.muon_lr) == (1e-5, 0.0)
+    stages = ["stage0", "stage1", "stage2", "stage3", "stage2_seq", "stage3_seq"]
+    assert ran == [*stages, "compared", "timed"], done.stderr
