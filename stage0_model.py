@@ -1,6 +1,6 @@
 """Stage 0, the model and the base: a Qwen3 in plain PyTorch, problems to solve, a tiny base model.
 
-In : nothing.          Out: out/stage0/, an ordinary Hugging Face checkpoint (Qwen3 architecture).
+In : nothing, or --init any of FAMILIES.     Out: out/stage0/, a Hugging Face checkpoint.
 
 NPR starts from an instruction-tuned model (the paper: Qwen3-4B).  None can be downloaded into a
 tutorial, so this stage makes a stand-in in minutes: a Qwen3 of 0.8M parameters that solves made
@@ -9,6 +9,7 @@ Equation: next-token loss on responses, L = -(1/N) sum_t log p(x_t | x_<t).
 
     python stage0_model.py                      # about 20 minutes on 2 cores
     python stage0_model.py --steps 20 --out out/smoke/stage0
+    python stage0_model.py --init out/real-weights --kind words --lr 1e-4 --muon-lr 0  # in English
 
 Shapes, in all files: B rows of a batch, T tokens, N packed or learned tokens, H query heads, H_kv
 key/value heads, D head dim, C hidden width, V vocabulary, G group size (responses to one question),
@@ -471,8 +472,13 @@ def response_text(tokenizer, ids):
 #              to.  The corpus tries a few of them at random
 # A problem's rung is its depth (operations of a chain or term; numbers) and its width (chains;
 # terms; first moves that lead to the target).
+# Two more kinds are the same in English, for models that read it (`--kind words`):
+#   stories    persistence: what becomes of several people, orders, trips or recipes (the width),
+#              each in so many moves (the depth)
+#   shopping   search: the pair of things that costs so much (depth: things; width: right pairs)
 
 KINDS = ("chains", "sums", "countdown")
+WORD_KINDS = ("stories", "shopping")
 SPLITS = ("train", "tune", "heldout", "hard")
 
 
@@ -480,7 +486,7 @@ SPLITS = ("train", "tune", "heldout", "hard")
 class Problem:
     """One question with a checkable answer.
 
-    kind: of KINDS, or of JUDGES for a real problem.
+    kind: of RUNGS, or of JUDGES for a real problem.
     parts: what the solution writer needs to know about it.
     copy: how many times the same question stands ahead of it in its data set.
     """
@@ -495,8 +501,8 @@ class Problem:
         r"""True if the last `\boxed{}` after the last block is a right answer.
 
         Boxes inside a block do not count.  `countdown` accepts every expression that uses each
-        given number at most once and reaches the target; real problems are left to the JUDGES of
-        the appendix.
+        given number at most once and reaches the target, `shopping` the pair in any words;
+        real problems are left to the JUDGES of the appendix.
         """
         boxed = last_boxed(ANY_TAG.split(response)[-1])
         if boxed is None:
@@ -506,6 +512,11 @@ class Problem:
         if self.kind == "countdown":
             value, used = evaluate(boxed)
             return value == self.parts["target"] and Counter(used) <= Counter(self.parts["numbers"])
+        if self.kind == "shopping":
+            named = {thing for thing in self.parts["labels"] if re.search(rf"\b{thing}\b", boxed)}
+            return named == set(self.answer.split(" and "))
+        if not self.answer.isdigit():  # who has most
+            return boxed.strip().lower() == self.answer.lower()
 
         # compared as text: int() refuses some of what strip() lets through, and very long numbers
         number = boxed.strip()
@@ -624,6 +635,16 @@ RUNGS = {
         "edge":   ({4: 1},                                                {1: 1, 2: 1}),
         "beyond": ({4: 1},                                                {1: 1}),
     },
+    "stories": {
+        "corpus": ({2: 30, 3: 40, 4: 20, 5: 10},                          {2: 30, 3: 40, 4: 20, 5: 10}),
+        "edge":   ({3: 40, 4: 40, 5: 20},                                 {3: 45, 4: 40, 5: 15}),
+        "beyond": ({6: 2, 7: 1, 8: 1},                                    {6: 1, 7: 1, 8: 1}),
+    },
+    "shopping": {
+        "corpus": ({4: 3, 5: 2},                                          {1: 1}),
+        "edge":   ({5: 3, 6: 1},                                          {1: 1}),
+        "beyond": ({7: 2, 8: 1},                                          {1: 1}),
+    },
 }
 # fmt: on
 
@@ -708,14 +729,107 @@ def draw_countdown(rng, depth, width):
     return Problem("countdown", question, leading[target][0], parts)
 
 
+# ---- the same in words ----
+
+
+@functools.cache
+def word_frames():
+    """The names, things and frames of sentences that stories and shopping are told with."""
+    return json.loads((Path(__file__).parent / "assets" / "words.json").read_text())
+
+
+def listed(words):
+    """['a', 'b', 'c'] -> 'a, b and c'"""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def sentence(text):
+    """'so Ana has 5 marbles' -> 'So Ana has 5 marbles.'"""
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def draw_stories(rng, depth, width):
+    """`width` stories of `depth` moves each, whose numbers stay within 1..99: 'Ana and Ben collect
+    marbles. Ana starts with 12 marbles. She wins 5 and doubles the collection. At first Ben owns 40
+    marbles. .. How many marbles do they have in all?' -> '89'.
+    """
+    frames = word_frames()
+    theme = rng.choice(frames["stories"])
+    people = theme.get("who", frames["people"])  # by pronoun
+    chosen = rng.sample([(name, pronoun) for pronoun, names in people.items() for name in names], width)
+    labels = [name for name, _ in chosen]
+    names = {"things": rng.choice(theme["things"]), "which": theme["which"], "all": listed(labels)}
+
+    # drawn anew while two share the most or the fewest
+    ends = []
+    while len(set(ends)) < width:
+        stories = []  # (name, pronoun, opening, start, moves)
+        ends = []
+        for name, pronoun in chosen:
+            value = start = rng.randint(5, 40)
+            opening = sentence(rng.choice(theme["start"]).format(who=name, n=start, **names))
+
+            # '*2' has its operand in its words; no words come again soon
+            moves = []  # (op, operand, frame)
+            while len(moves) < depth:
+                move, frame = rng.choice(theme["moves"])
+                operand = int(move[1:] or rng.randint(2, 20))
+                end = apply_op(value, move[0], operand)
+                if 1 <= end <= 99 and frame not in [recent for *_, recent in moves[-3:]]:
+                    value = end
+                    moves.append((move[0], operand, frame))
+            stories.append((name, pronoun, opening, start, moves))
+            ends.append(value)
+
+    # three clauses make a sentence: 'She wins 5, finds 8 more and gives 4 away. Then she ..'
+    question = sentence(rng.choice(theme["scene"]).format(**names))
+    for _, pronoun, opening, _, moves in stories:
+        clauses = [frame.format(n=operand) for _, operand, frame in moves]
+        question += f" {opening}"
+        for i in range(0, depth, 3):
+            question += " " + sentence(f"{'then ' if i else ''}{pronoun} {listed(clauses[i : i + 3])}")
+
+    # what is asked, and the solution writer's notes
+    goal = draw_size(rng, {"total": 2, "most": 1, "fewest": 1})
+    question += " " + rng.choice(frames["asks"][goal]).format(**names)
+    best = ends.index((max if goal == "most" else min)(ends))
+    answer = str(sum(ends)) if goal == "total" else labels[best]
+    plans = [theme["plan"].format(who=name, **names) for name in labels]
+    notes = {"labels": labels, "plans": plans, "stories": stories, "goal": goal, "things": names["things"]}
+    return Problem("stories", question, answer, notes)
+
+
+def draw_shopping(rng, depth, width):
+    """`depth` things with prices, and a sum that exactly `width` pairs of them cost: 'In a toy shop
+    the kite costs 12 dollars, the doll costs 30 dollars and .. Which two toys cost exactly 42
+    dollars together?' -> 'kite and doll'.
+    """
+    shop = rng.choice(word_frames()["shopping"])
+    things = rng.sample(shop["items"], depth)
+    pairs = {}  # by what they cost
+    while width not in map(len, pairs.values()):
+        prices = dict(zip(things, rng.sample(range(3, 50), depth)))
+        pairs = {}
+        for a, b in itertools.combinations(things, 2):
+            pairs.setdefault(prices[a] + prices[b], []).append(f"{a} and {b}")
+    target = rng.choice([cost for cost, those in pairs.items() if len(those) == width])
+
+    # the price list in one sentence, then what is asked
+    scene, price = rng.choice(shop["scene"])
+    listing = listed([price.format(item=f"the {thing}", n=prices[thing]) for thing in things])
+    question = f"{scene.format(prices=listing)} {rng.choice(shop['ask']).format(target=target)}"
+    notes = {"labels": things, "prices": prices, "target": target}
+    return Problem("shopping", question, pairs[target][0], notes)
+
+
 def draw_problem(kind, rng, reach="edge", depth=0, width=0):
     """One random problem from the rungs of a reach: 'corpus', 'edge' or 'beyond' (RUNGS).
 
     depth, width: exactly these instead, of any reach.  Raises ValueError for an unknown kind and
     UserError for a depth or width that no problem of the kind has.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown problem kind {kind!r}: expected one of {', '.join(KINDS)} or all")
+    if kind not in RUNGS:
+        raise ValueError(f"unknown problem kind {kind!r}: expected all, words or one of {', '.join(RUNGS)}")
 
     # a rung must have a name in RUNGS: it was chosen before anything was trained
     for name, size, weights in zip(("depth", "width"), (depth, width), zip(*RUNGS[kind].values())):
@@ -723,11 +837,14 @@ def draw_problem(kind, rng, reach="edge", depth=0, width=0):
         if size and size not in known:
             known = ", ".join(map(str, known))
             raise UserError(f"--{name} {size}: {kind} has {known}; give one of these, or another --kind")
+
+    # what is not asked for is drawn
     depths, widths = RUNGS[kind][reach]
     depth = depth or draw_size(rng, depths)
     width = width or draw_size(rng, widths)
-    draw = {"chains": draw_chains, "sums": draw_sums, "countdown": draw_countdown}[kind]
-    return draw(rng, depth, width)
+    draw = {"chains": draw_chains, "sums": draw_sums, "countdown": draw_countdown}
+    draw |= {"stories": draw_stories, "shopping": draw_shopping}
+    return draw[kind](rng, depth, width)
 
 
 def split_of(question):
@@ -742,15 +859,15 @@ def split_of(question):
 def make_problems(kind, split, n, seed, reach="", depth=0, width=0):
     """n distinct seeded problems: same arguments, same problems.
 
-    kind: one of KINDS, or 'all' for equal shares of each; split: one of SPLITS; reach: from which
-    rungs, by default 'beyond' for the split hard and 'edge' for all others; depth, width: exactly
-    this rung instead.
+    kind: one of RUNGS, or 'all' for equal shares of KINDS, 'words' of WORD_KINDS; split: one of
+    SPLITS; reach: from which rungs, by default 'beyond' for the split hard and 'edge' for all
+    others; depth, width: exactly this rung instead.
     Raises ValueError for an unknown kind or split, UserError for a rung that the kind does not
     have, or that has no n distinct problems.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
-    kinds = KINDS if kind == "all" else (kind,)
+    kinds = {"all": KINDS, "words": WORD_KINDS}.get(kind, (kind,))
     reach = reach or ("beyond" if split == "hard" else "edge")
     rng = random.Random(f"{kind}/{split}/{seed}")
     problems = {}  # by question
@@ -879,6 +996,62 @@ def work_out_countdown(parts, rng, slip):
     return rounds, answer
 
 
+def work_out_stories(parts, rng, slip):
+    """One block: plans ["Ana's marbles", ..], steps ['Ana starts with 12 marbles. She wins 5:
+    12 + 5 = 17. So Ana has 17 marbles.', ..], takeaway 'Together 17 + 40 = 57.', or who has most.
+    """
+    steps = []
+    ends = {}
+    for name, pronoun, text, value, moves in parts["stories"]:
+        for op, operand, frame in moves:
+            worked = f"{value} {op} {operand}"
+            value = slipped(apply_op(value, op, operand), rng, slip)
+            text += " " + sentence(f"{pronoun} {frame.format(n=operand)}: {worked} = {value}")
+        ends[name] = value
+        steps.append(f"{text} So {name} has {value} {parts['things']}.")
+
+    # comparing needs the ends alone, a total is worked out
+    if parts["goal"] == "total":
+        totals = list(itertools.accumulate(ends.values(), lambda a, b: slipped(a + b, rng, slip)))
+        sums = [f"{a} + {end} = {b}" for a, b, end in zip(totals, totals[1:], [*ends.values()][1:])]
+        answer = totals[-1]
+        takeaway = f"together {', '.join(sums)}"
+    else:
+        answer = (max if parts["goal"] == "most" else min)(ends, key=ends.get)
+        compared = listed([f"{name} has {end}" for name, end in ends.items()])
+        takeaway = f"{compared}, so {answer} has the {parts['goal']}"
+    return [(parts["plans"], steps, sentence(takeaway))], str(answer)
+
+
+def work_out_shopping(parts, rng, slip):
+    """One block of a few things, each tried with all the others: plans ['try the kite', ..], steps
+    ['The kite costs 12. With the doll 12 + 30 = 42, yes. The kite and the doll fit.', ..], takeaway
+    'Found: kite and doll.'.
+
+    Which are tried is chance, so it may end with 'none': to try them all is left to learn.
+    """
+    prices = parts["prices"]
+    tried = rng.sample(parts["labels"], min(len(prices), draw_size(rng, TRIES)))
+    steps = []
+    pairs = []
+    for thing in tried:
+        text = f"The {thing} costs {prices[thing]}."
+        end = f"The {thing} is out."
+        for other in (other for other in parts["labels"] if other != thing):
+            # the verdict is on what is written, right or wrong
+            cost = slipped(prices[thing] + prices[other], rng, slip)
+            verdict = "yes" if cost == parts["target"] else "no"
+            text += f" With the {other} {prices[thing]} + {prices[other]} = {cost}, {verdict}."
+            if verdict == "yes":
+                end = f"The {thing} and the {other} fit."
+                pairs.append(f"{thing} and {other}")
+        steps.append(f"{text} {end}")
+
+    # a second step may have found the same pair from its other end
+    answer = (pairs or ["none"])[0]
+    return [([f"try the {thing}" for thing in tried], steps, sentence(f"found: {answer}"))], answer
+
+
 # The share of the corpus's sums that are worked in writing.
 WRITTEN_SHARE = 0.25
 
@@ -889,8 +1062,9 @@ def work_out(problem, rng, slip):
     Returns (rounds, answer): each round is (plans, steps, takeaway).  There is one, but for a
     countdown whose moves found nothing, which may go on with others in another.
     """
-    if problem.kind == "countdown":
-        return work_out_countdown(problem.parts, rng, slip)
+    others = {"stories": work_out_stories, "shopping": work_out_shopping, "countdown": work_out_countdown}
+    if problem.kind in others:
+        return others[problem.kind](problem.parts, rng, slip)
     in_writing = problem.kind == "chains" or rng.random() < WRITTEN_SHARE
     return work_out_named(problem.parts, rng, slip, in_writing)
 
@@ -935,12 +1109,14 @@ def malformed_solution(rounds, answer, rng):
     return near_misses[rng.randrange(7)]
 
 
-def corpus_document(rng, slip, valid_share, malformed_share):
+# How often each kind stands in the corpus: a search is long, and easy to learn.
+CORPUS = {"all": {"chains": 2, "sums": 2, "countdown": 1}, "words": {"stories": 2, "shopping": 1}}
+
+
+def corpus_document(rng, slip, valid_share, malformed_share, kind="all"):
     """(question, system prompt, response) of the corpus; half the prompts ask for the format."""
     while True:
-        # a countdown is long, and easy to learn
-        kind = draw_size(rng, {"chains": 2, "sums": 2, "countdown": 1})
-        problem = draw_problem(kind, rng, "corpus")
+        problem = draw_problem(draw_size(rng, CORPUS.get(kind, {kind: 1})), rng, "corpus")
         if split_of(problem.question) == "train":
             break
     rounds, answer = work_out(problem, rng, slip)
@@ -969,9 +1145,11 @@ def step_errors(problem, text):
 
     'A12+5=17*3=52;a51' of 'A:12+5*3 largest modulo 100?' -> ['17*3=52', 'a51']
     """
-    if problem.kind not in KINDS:
+    if problem.kind not in RUNGS:
         return []
     bare = re.sub(rf"{ANY_TAG.pattern}(?:\d+:)?", " ", text)
+    if problem.kind in WORD_KINDS:
+        return word_errors(problem, bare)
     pieces = [piece for piece in re.split(r"[;.\s]+", bare) if piece]
     return (countdown_errors if problem.kind == "countdown" else named_errors)(problem, pieces)
 
@@ -1062,6 +1240,34 @@ def countdown_errors(problem, pieces):
     return errors
 
 
+def word_errors(problem, text):
+    """`step_errors` of stories and shopping, whose statements are 'a + b = c', and what is said of
+    them: what somebody has, what a thing costs, whether a pair fits.
+    """
+    equation = re.compile(r"([-+*\d ]*)= *(\d{0,9})")
+    equations = [(left.strip(), right) for left, right in equation.findall(text)]
+    errors = [f"{left} = {right}" for left, right in equations if str(evaluate(left)[0]) != right]
+
+    # of a search: every price, and every verdict
+    if problem.kind == "shopping":
+        prices = problem.parts["prices"]
+        pairs = re.findall(r"[Ww]ith the ([a-z -]+) \d+ \+ (\d+) = (\d+), (yes|no)", text)
+        said = re.findall(r"[Tt]he ([a-z -]+) costs (\d+)", text) + [pair[:2] for pair in pairs]
+        errors += [f"{thing} {price}" for thing, price in said if str(prices.get(thing)) != price]
+        target = str(problem.parts["target"])
+        return errors + [f"{c}, {verdict}" for *_, c, verdict in pairs if (c == target) != (verdict == "yes")]
+
+    # a story must be worked from its start, move by move, and end as is said of it
+    [(_, steps, _)], _ = work_out_stories(problem.parts, random.Random(0), 0.0)
+    for name, step in zip(problem.parts["labels"], steps):
+        asked = [(left.strip(), right) for left, right in equation.findall(step)]
+        if asked not in [equations[i : i + len(asked)] for i in range(len(equations))]:
+            errors.append(name)
+        ends = re.findall(rf"\b{name} has (\d+)", text, re.I)
+        errors += [f"{name} has {end}" for end in ends if end != asked[-1][1]]
+    return errors
+
+
 # ==================================================================================================
 # 5. Pretraining the tiny base
 # ==================================================================================================
@@ -1077,8 +1283,10 @@ def corpus_batches(tokenizer, args, step):
     rng = random.Random(f"{args.seed}/{step}")
     docs = []  # (ids of the prompt, ids of the response)
     while sum(len(prompt) + len(response) for prompt, response in docs) < args.batch_tokens:
-        question, system, text = corpus_document(rng, args.slip, args.valid_share, args.malformed_share)
-        response = tokenizer.encode(text) + [tokenizer.eos_token_id]
+        question, system, text = corpus_document(
+            rng, args.slip, args.valid_share, args.malformed_share, args.kind
+        )
+        response = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
         docs.append((prompt_ids(tokenizer, question, system), response))
     docs.sort(key=lambda doc: len(doc[0]) + len(doc[1]))
 
@@ -1088,7 +1296,7 @@ def corpus_batches(tokenizer, args, step):
     size = math.ceil(len(docs) / args.micro_batches)
     for i in range(0, len(docs), size):
         chosen = docs[i : i + size]
-        ids = pad_rows([prompt + response for prompt, response in chosen], tokenizer.pad_token_id)
+        ids = pad_rows([prompt + response for prompt, response in chosen], 0)
         mask = pad_rows([[False] * len(p) + [True] * len(response) for p, response in chosen], False)
         yield ids, mask
 
@@ -1124,22 +1332,22 @@ not_negative = flag_type(float, lambda x: 0 <= x <= 1e12, "a finite number from 
 nonempty = flag_type(str, lambda x: x.strip() and "\0" not in x, "some text")
 device_name = flag_type(str, re.compile(r"auto|cpu|cuda(:\d{1,2})?").fullmatch, "auto, cpu, cuda, cuda:1 ..")
 
+KIND_CHOICES = ("all", *KINDS, "words", *WORD_KINDS)
+DTYPES = ("auto", "float32", "bfloat16")
+
 # The last rows of every stage's table.
 ASIDE = "move a finished or another run in --out aside, to <out>.old-1; stale: only one of other input files"
 RUN_FLAGS = (
-    (
-        "--track",
-        ("trackio", "wandb"),
-        "",
-        "send the rows of log.jsonl to this tracker too; it has to be installed",
-    ),
+    ("--track", ("trackio", "wandb"), "", "send the rows of log.jsonl to this tracker too, if installed"),
     ("--overwrite", ("stale", "all"), "", ASIDE, {"nargs": "?", "const": "all"}),
 )
 
 
 # fmt: off
 ARGUMENTS = (
+    ("--init",            str,            "",           "checkpoint to go on training, folder or hub name, instead of a new tiny base"),
     ("--out",             nonempty,       "out/stage0", "folder to write the checkpoint to"),
+    ("--kind",            KIND_CHOICES,   "all",        "problems of the corpus; words: in English"),
     ("--steps",           positive_int,   2400,         "optimizer steps"),
     ("--batch-tokens",    positive_int,   4_096,        "tokens per optimizer step, prompts included"),
     ("--micro-batches",   positive_int,   3,            "parts of a step, by document length: two leave 24 %% of padding, three 15 %%"),
@@ -1149,8 +1357,10 @@ ARGUMENTS = (
     ("--slip",            fraction,       0.01,         "probability that a single result in the corpus is wrong"),
     ("--valid-share",     fraction,       0.45,         "share of format-asking documents that are perfect"),
     ("--malformed-share", fraction,       0.15,         "share of format-asking documents that nearly are"),
-    ("--hidden-size",     positive_int,   128,          "width of the model, C: a multiple of 64"),
-    ("--layers",          positive_int,   4,            "number of decoder layers"),
+    ("--hidden-size",     positive_int,   128,          "width of a new model, C: a multiple of 64"),
+    ("--layers",          positive_int,   4,            "number of decoder layers of a new model"),
+    ("--recompute",       bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
+    ("--dtype",           DTYPES,         "auto",       "of the weights of --init; auto: what config.json says"),
     ("--save-every",      positive_int,   200,          "steps between resume points"),
     ("--seed",            seed_int,       0,            "seed of weights and data"),
     ("--device",          device_name,    "auto",       "auto, cpu, cuda, cuda:1 .."),
@@ -1164,22 +1374,23 @@ def parse_args(argv=None):
     if args.hidden_size % 64:
         raise UserError(f"--hidden-size {args.hidden_size}: expected a multiple of 64, pairs of heads of 32")
 
+    # a new model's rates would undo in minutes what a trained one has learned
+    if args.init and max(args.lr, args.muon_lr) > 1e-3:
+        raise UserError(
+            f"--init with --lr {args.lr:g} --muon-lr {args.muon_lr:g}: these are rates for a new model; "
+            "give e.g. --lr 1e-4 --muon-lr 0"
+        )
+
     # the rest of the documents that ask for the format are plain
     if args.valid_share + args.malformed_share > 1:
         raise UserError("--valid-share and --malformed-share are more than 1 together; lower one of them")
     return args
 
 
-def main():
-    # Everything is checked before the output folder is touched.
-    args = parse_args()
-    device = pick_device(args.device)
-    torch.manual_seed(args.seed)
-    run = Run(args)
-
-    # ---- tokenizer and model ----
+def new_model(args):
+    """(model, tokenizer) of the tiny base before any training."""
     rng = random.Random(f"{args.seed}/tokenizer")
-    docs = [corpus_document(rng, args.slip, 0.5, 0.2) for _ in range(2000)]
+    docs = [corpus_document(rng, args.slip, 0.5, 0.2, args.kind) for _ in range(2000)]
     tokenizer = train_tokenizer(text for doc in docs for text in doc + ("system", "user", "assistant"))
     config = Qwen3Config(
         # spare rows, as in Qwen3: stage 2's tags will fit without resizing
@@ -1191,12 +1402,28 @@ def main():
         num_key_value_heads=max(1, args.hidden_size // 128),
         eos_token_id=tokenizer.eos_token_id,
     )
+    return Qwen3(config), tokenizer
 
+
+def main():
+    # Everything is checked before the output folder is touched.
+    args = parse_args()
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    if args.init:
+        model, tokenizer = load(args.init, dtype=getattr(torch, args.dtype, None))
+    run = Run(args)
+
+    # ---- tokenizer and model ----
     # weights are drawn on the CPU, so a seed means the same model on every device
-    model = Qwen3(config).to(device)
+    if not args.init:
+        model, tokenizer = new_model(args)
+    model.to(device)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"model: {size:.2f}M parameters, {len(tokenizer)} tokens in the vocabulary")
     optimizers = make_optimizers(model, args.lr, args.muon_lr)
+    if args.recompute:
+        recompute_activations(model)
     first = run.start(model, optimizers)
 
     # ---- train ----
@@ -1534,7 +1761,7 @@ def print_inherited(path):
     told = ", ".join(
         f"{key} {value}"
         for key, value in made.items()
-        if key in ("init", "steps", "lr", "seed", "kind", "sequential")
+        if key in ("init", "steps", "lr", "seed", "kind", "sequential") and value != ""
     )
     print(f"init: {path} ({told or 'no args.json: not made by this project'})")
 
@@ -2528,10 +2755,6 @@ def pick_device(name):
     )
     print(f"device: {device} ({what}{others}), torch {torch.__version__}")
     return device
-
-
-KIND_CHOICES = ("all", *KINDS)
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 def read_arguments(doc, table, argv=None):

@@ -34,7 +34,7 @@ from tokenizers import AddedToken
 from tqdm import tqdm
 
 from engine import TAGS, Engine, Example, MalformedTrajectory, batches, layout, tag_token_ids, token_logprobs
-from stage0_model import KIND_CHOICES, KINDS, draw_problems, read_problems, read_prompt, read_rows  # data
+from stage0_model import KIND_CHOICES, RUNGS, draw_problems, read_problems, read_prompt, read_rows  # data
 from stage0_model import ANY_TAG, load, pick_device, prompt_ids, response_text  # model and text
 from stage0_model import DTYPES, RUN_FLAGS, device_name, natural_int, nonempty, not_negative  # flags
 from stage0_model import positive_float, positive_int, seed_int
@@ -124,7 +124,7 @@ def read_inputs(args):
     """
     rows = read_rows(args.data) if args.data else []
     has_responses = bool(rows) and isinstance(rows[0], dict) and "response" in rows[0]
-    made_here = has_responses and rows[0].get("kind") in KINDS  # samples of this world's problems
+    made_here = has_responses and rows[0].get("kind") in RUNGS  # samples of this world's problems
     format_prompt = read_prompt(args.prompt_file, args.data and not made_here)
     if not has_responses:
         columns = (args.question_column, args.answer_column)

@@ -106,6 +106,7 @@ def test_signs_of_collapse_are_counted(tokenizer):
 def test_a_checkpoint_is_judged_in_the_mode_it_was_made_for(tmp_path, plain_tokenizer, tokenizer):
     for name, tok, args in [
         ("base", plain_tokenizer, {"steps": 1}),
+        ("words", plain_tokenizer, {"init": "smollm2", "valid_share": 0.4}),
         ("zero", plain_tokenizer, {"init": "base"}),
         ("beta", tokenizer, {"init": "zero", "sequential": False}),
         ("twin", tokenizer, {"init": "zero", "sequential": True}),
@@ -116,7 +117,7 @@ def test_a_checkpoint_is_judged_in_the_mode_it_was_made_for(tmp_path, plain_toke
     def modes(spec):
         return [mode for _, mode in judge.modes_of(f"{tmp_path}/{spec}")]
 
-    assert modes("base") == ["plain", "format"] and modes("zero") == ["format"]
+    assert modes("base") == modes("words") == ["plain", "format"] and modes("zero") == ["format"]
     assert modes("beta") == ["parallel"] and modes("twin") == ["format"]
     assert modes("beta=plain") == ["plain"]
 
