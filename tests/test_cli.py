@@ -430,7 +430,7 @@ def test_other_input_is_moved_aside_when_asked_for_and_other_settings_are_not(
     old = files_of(tmp_path / "out")
     assert "is finished" in command(monkeypatch, capsys, {}, words)[1]
     status, _, lines = command(monkeypatch, capsys, {}, f"{words} --lr 0.5")
-    assert status == 2 and "--lr 0.00015, now 0.5" in lines[-1]
+    assert status == 2 and "--lr 0.0001, now 0.5" in lines[-1]
     model, tokenizer = stage0.load(base)
     with torch.no_grad():
         model.model["norm"].weight[0] += 1e-3
