@@ -373,9 +373,11 @@ class Request:
     prompt: tuple  # token ids
     rules: Rules
     uniforms: np.ndarray  # a random number for each token it may generate: its own stream, drawn up front
+    group: int = 0  # all samples of one prompt are a group
     tokens: list = field(default_factory=list)  # of Token, in order of arrival, the prompt first
     tips: list = field(default_factory=list)  # indices of tokens whose successor is sampled next
     row: int = -1  # of the KV memory, while running
+    margin: int = 0  # slots of the row left free before its first token
     fed: int = 0  # tokens whose keys and values are in the row
     step: int = 0  # engine steps in which it received tokens; waiting for a row does not count
     state: str = "text"  # of the trunk, in GRAMMAR
@@ -679,18 +681,28 @@ class Engine:
             digest = hashlib.sha256(np.asarray(prompt, dtype=np.int64).tobytes()).digest()
             first = n * (seen[digest] if copy is None else copy)
             seen[digest] += 1
+            group = list(seen).index(digest)
             for number in range(first, first + n):
                 stream = np.random.default_rng([seed, int.from_bytes(digest[:8], "little"), number])
                 uniforms = stream.random(max_new_tokens, dtype=np.float32)
-                requests.append(Request(len(requests), tuple(prompt), rules, uniforms))
+                requests.append(Request(len(requests), tuple(prompt), rules, uniforms, group))
 
         # Where every row can have its worst case, nothing will ever be preempted.  Else rows begin
         # short.
-        longest = max((len(r.prompt) for r in requests), default=0) + max_new_tokens
+        lengths = [len(r.prompt) for r in requests] or [0]
+        longest = max(lengths) + max_new_tokens
         num_rows = min(len(requests), self.max_rows)
         if num_rows * longest > kv_tokens:
             num_rows = longest = 0
-        self.runner.cut(num_rows, longest)
+
+        # A group's prompt, but for the last token, which all feed, is read once a step for all.
+        # Prompts end in the same slot of every row, and what is not shared begins there.
+        shared = 0
+        if self.runner.can_share and num_rows and len(seen) < len(requests) and min(lengths) > 1:
+            shared = max(lengths) - 1
+            for request in requests:
+                request.margin = max(lengths) - len(request.prompt)
+        self.runner.cut(num_rows, longest, shared)
 
         # Step until nobody waits and nobody runs; whatever happens, every slot is free again.
         quiet = {} if progress else {"disable": True}  # a rank that is silent stays so
@@ -734,7 +746,7 @@ class Engine:
         if last is not request:
             capacity = self.runner.capacity
             self.active[request.row] = last
-            self.runner.move(last.row * capacity, request.row * capacity, last.fed)
+            self.runner.move(last.row * capacity, request.row * capacity, last.margin + last.fed)
             last.row = request.row
 
     # ---- schedule ----
@@ -811,7 +823,7 @@ class Engine:
         capacity = self.runner.capacity
         for request, holder in followers:
             request.fed = len(request.prompt) - 1
-            self.runner.move(holder.row * capacity, request.row * capacity, request.fed)
+            self.runner.move(holder.row * capacity, request.row * capacity, request.margin + request.fed)
             self.stats.shared_prompt_tokens += request.fed
 
         # Everyone else decodes as in any other step.
@@ -836,11 +848,11 @@ class Engine:
         temperature = self.sampling[0]
         u = np.zeros(len(logits))
         if temperature > 0:
-            u = np.array([r.uniforms.item(r.used + i) for r in self.active for i in range(len(r.tips))])
+            u = np.concatenate([r.uniforms[r.used : r.used + len(r.tips)] for r in self.active])
         shaped = self.penalise(logits) if self.penalty != 1.0 else None
         drawn = self.runner.draw(logits, torch.from_numpy(u), shaped, *self.sampling)
         tokens, logprobs = drawn.tolist()  # the one time that the host waits for the GPU
-        return [int(token) for token in tokens], logprobs
+        return list(map(int, tokens)), logprobs
 
     def penalise(self, logits):
         """Logits (M, V) after the repetition penalty: in a step, on tokens its branch holds."""
@@ -900,6 +912,9 @@ def draw(logits, u, shaped, temperature, top_p, top_k):
 # next token simply sees every slot.  And a step reads a row's keys and values once for all its
 # branches, which is where parallel speed comes from.
 
+# What scaled_dot_product_attention calls on a CPU; it returns the log-sum-exp of the scores, too.
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
 
 def ragged(counts):
     """Row and column of every item of a ragged list: [2 1] -> [0 0 1], [0 1 0]."""
@@ -936,12 +951,16 @@ class ModelRunner:
         self.branch = torch.zeros_like(self.block)
         self.moved_bytes = 0
         self.compiled = False  # run the layers around attention compiled (section 7)
+        self.can_share = weight.device.type == "cpu"  # prompts; elsewhere rows are read one by one
         self.cut(0, 0)
 
-    def cut(self, rows, capacity):
-        """Row r is slots r * capacity .. (r + 1) * capacity from now on."""
+    def cut(self, rows, capacity, shared=0):
+        """Row r is slots r * capacity .. (r + 1) * capacity from now on.  The first `shared` of
+        them are the prompt's, and are read in one sample's row for all; 0: in each one's own."""
         self.rows = rows
         self.capacity = capacity
+        self.shared = shared
+        self.spans = []  # slots of the prompts that the last step read
 
     def recut(self, rows, capacity, used):
         """Cut anew and move used[r] slots of each row; when rows grow, the last moves first."""
@@ -981,12 +1000,12 @@ class ModelRunner:
         ]
         ids, block, branch, position = torch.stack(integers).to(device)  # (B, T) each
 
-        # Where they go: slots 0, 1, .. of each row, the padding left out.
-        rows = torch.tensor([r.row for r in requests], device=device)
+        # Where they go: one slot after another of each row, the padding left out.
+        start = torch.tensor([r.row * self.capacity + r.margin for r in requests], device=device)
         lengths = torch.tensor([len(r.tokens) for r in requests], device=device)
         column = torch.arange(length, device=device)
         self.real = (column < lengths[:, None]).flatten().nonzero()[:, 0]  # (N,) of the B * T
-        self.index = (rows[:, None] * self.capacity + column).flatten()[self.real]  # (N,) slots
+        self.index = (start[:, None] + column).flatten()[self.real]  # (N,) slots
         self.block[self.index] = block.flatten()[self.real]
         self.branch[self.index] = branch.flatten()[self.real]
         self.mask = visibility(block, branch)
@@ -1004,8 +1023,8 @@ class ModelRunner:
         Packed for the matrices, by row for the attention.
         """
         rows = np.array([r.row for r in requests])  # (R,)
-        fed = np.array([r.fed for r in requests])
-        length = np.array([len(r.tokens) for r in requests])
+        fed = np.array([r.fed + r.margin for r in requests])  # slots in use before this step
+        length = np.array([len(r.tokens) + r.margin for r in requests])
         count = length - fed  # new tokens of each row
         of, col = ragged(count)  # (N,) each
         first = np.cumsum(count) - count  # index of each row's first token among the N
@@ -1015,7 +1034,37 @@ class ModelRunner:
         integers = np.fromiter(itertools.chain.from_iterable(integers), dtype=np.int64).reshape(-1, 4)
         packed = np.concatenate([integers.T, [rows[of], fed[of] + col, col]])
         tips = [f + tip - r.fed for f, r in zip(first.tolist(), requests) for tip in r.tips]
+        if self.shared:
+            self.find_prompts(requests, of)
         return self.feed(packed, tips, rows, length, count)
+
+    def find_prompts(self, requests, of):
+        """Where a step reads each prompt, for which tokens.  of (N,): whose request's each is."""
+        _, holders, group = np.unique([r.group for r in requests], True, True)
+        order = np.argsort(group[of], kind="stable")
+        self.by_group = torch.from_numpy(order)  # (N,) the tokens of one group after another
+        self.by_token = torch.from_numpy(np.argsort(order))  # (N,) the way back
+        self.sizes = (self.repeat * np.bincount(group[of])).tolist()  # query rows of each group
+
+        # Keys and values of every prompt in every layer, (1, H_kv, P - 1, D) each: views of the
+        # first row that holds it, made anew when that is another one.
+        spans = [(r.row * self.capacity, r.margin) for r in map(requests.__getitem__, holders)]
+        if spans != self.spans:
+            self.spans = spans
+            held = [self.pool[:, row + margin : row + self.shared] for row, margin in spans]
+            held = zip(*(x.unflatten(2, (2, 1, -1)).permute(0, 2, 3, 4, 1, 5) for x in held))
+            self.prompts = [[prompt.unbind() for prompt in layer] for layer in held]
+
+    def look_at_prompts(self, layer, q):
+        """Attention over each token's prompt: q (N, H, D) -> (N, H, D), log-sum-exp (N, H, 1)."""
+        rows = q[self.by_group].unflatten(1, (-1, self.repeat)).transpose(0, 1).flatten(1, 2)[None]
+        parts = rows.split(self.sizes, dim=2)  # (1, H_kv, repeat * tokens, D) each
+        looked = [flash_attention(part, *prompt) for part, prompt in zip(parts, self.prompts[layer])]
+        out, lse = (torch.cat(x, dim=2)[0] for x in zip(*looked))
+        return [
+            x.unflatten(1, (-1, self.repeat)).transpose(0, 1).flatten(1, 2)[self.by_token]
+            for x in (out, lse[..., None])
+        ]
 
     def feed(self, packed, tips, rows, length, count):
         """The device's part of `decode`.
@@ -1034,10 +1083,11 @@ class ModelRunner:
         self.branch[self.index] = branch
 
         # Attention takes the tokens by row, (R, Q): rows that feed fewer are padded with idle
-        # queries, which look at slot 0 and are thrown away.
+        # queries, which look at the first slot and are thrown away.
         place = None if len(row) == R * Q else row * Q + col  # (N,) of the R * Q
+        own = slice(self.shared, S)  # slots of a row that nobody else reads
         by_row = self.pool[:, : R * self.capacity].unflatten(1, (R, self.capacity))
-        seen = by_row[:, :, :S].transpose(2, 3)  # (layers, R, 2 H_kv, S, D)
+        seen = by_row[:, :, own].transpose(2, 3)  # (layers, R, 2 H_kv, S, D)
 
         # Who sees whom, from the integers of queries and slots; -inf where a query must not look.
         # No bias at all in the usual sequential step: one trunk token a row, in the last slot,
@@ -1045,31 +1095,40 @@ class ModelRunner:
         bias = None
         if Q > 1 or length.min() < S or packed[1].any():
             queries = torch.zeros(3, R * Q, dtype=torch.long, device=row.device)
+            queries[0] = self.shared
             queries[:, row * Q + col] = torch.stack([slot, block, branch])
             q_slot, q_block, q_branch = queries.view(3, R, Q, 1)
-            k_block = self.block[: R * self.capacity].view(R, 1, self.capacity)[..., :S]  # (R, 1, S)
-            k_branch = self.branch[: R * self.capacity].view(R, 1, self.capacity)[..., :S]
-            later = torch.arange(S, device=row.device) > q_slot  # (R, Q, S)
+            k_block = self.block[: R * self.capacity].view(R, 1, self.capacity)[..., own]  # (R, 1, S)
+            k_branch = self.branch[: R * self.capacity].view(R, 1, self.capacity)[..., own]
+            later = torch.arange(self.shared, S, device=row.device) > q_slot  # (R, Q, S)
             sibling = (q_block == k_block) & (q_block != 0) & (q_branch != k_branch)
-            bias = torch.zeros(R, Q, S, dtype=self.pool.dtype, device=row.device)
+            bias = torch.zeros(later.shape, dtype=self.pool.dtype, device=row.device)
             bias.masked_fill_(later | sibling, float("-inf"))
             bias = bias.repeat(1, self.repeat, 1)[:, None]  # (R, 1, repeat * Q, S)
+
+        def by_token(x):  # (R, H_kv, repeat * Q, E) -> (1, N, H, E)
+            x = x.reshape(R, -1, Q, x.shape[-1]).transpose(1, 2) if Q > 1 else x  # (R, Q, H, E)
+            x = x.reshape(1, R * Q, -1, x.shape[-1])
+            return x if place is None else x[:, place]
 
         def look(layer, q):  # (1, N, H, D) -> (1, N, H, D)
             H, D = q.shape[2:]
             keys, values = seen[layer].chunk(2, dim=1)  # (R, H_kv, S, D) each
-            if place is not None:
-                q = q.new_zeros(R * Q, H, D).index_copy_(0, place, q[0])
+            rows = q if place is None else q.new_zeros(R * Q, H, D).index_copy_(0, place, q[0])
 
             # Query heads that share a key/value head become further queries of it, so keys and
             # values are read once for all of them.  With one new token a row by mere views.
-            if Q == 1 and place is None:
-                q = q.reshape(R, -1, self.repeat, D)  # (R, H_kv, repeat, D)
-                return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).reshape(1, R, H, D)
-            q = q.reshape(R, Q, -1, self.repeat, D).permute(0, 2, 3, 1, 4).flatten(2, 3)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)  # (R, H_kv, repeat * Q, D)
-            out = out.unflatten(2, (self.repeat, Q)).permute(0, 3, 1, 2, 4).reshape(1, R * Q, H, D)
-            return out if place is None else out[:, place]
+            rows = rows.view(R, Q, H, D).transpose(1, 2) if Q > 1 else rows
+            rows = rows.reshape(R, -1, self.repeat * Q, D)  # (R, H_kv, repeat * Q, D)
+            if not self.shared:
+                return by_token(F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias))
+
+            # One softmax over the prompt and what came after it, made of the two over each.  Their
+            # weights are as the sums of exponentials that they were divided by.
+            out, lse = flash_attention(rows, keys, values, attn_mask=bias)
+            out_prompt, lse_prompt = self.look_at_prompts(layer, q[0])
+            share = (lse_prompt - by_token(lse[..., None])).sigmoid()  # (1, N, H, 1)
+            return by_token(out).lerp(out_prompt, share.to(out.dtype))
 
         self.look = look
         x = self.model.hidden(ids[None], Layout(block, branch, position), self)[0]  # (N, C)
@@ -1469,6 +1528,7 @@ class CudaRunner(ModelRunner):
 
     def __init__(self, model, kv_tokens):
         super().__init__(model, kv_tokens)
+        self.can_share = False  # the kernel reads every row by itself
         self.graphs = CudaGraphs(model.device)
         # Work that keeps the GPU busy: two programs for each multiprocessor, shared by the
         # key/value heads.

@@ -476,6 +476,61 @@ def test_n_samples_of_a_prompt_prefill_it_once_and_differ(model, plain_tokenizer
     assert worst_gap(rollouts, rescore(model, [prompt] * 6, rollouts)) < 1e-4
 
 
+def grouped_run(model, tokenizer, tag_ids, share, parallel=True):
+    """Engine and rollouts of samples of prompts of many lengths; most tokens are the model's own draw."""
+    rng = random.Random(5)
+    prompts = [*random_prompts(rng, 4, 2, 30), [60] * 25]
+    scripts = {tuple(p): random_script(rng, tokenizer, tag_ids, max_branches=4) for p in prompts}
+    scripts = {
+        p: {key: ids if key == (0, 0) else [None] * 20 for key, ids in script.items()}
+        for p, script in scripts.items()
+    }
+    eng = ScriptedEngine(model, tokenizer, kv_tokens=20_000, max_rows=11, kernel=False)
+    eng.script_of = lambda request: scripts[tuple(request.prompt)] if parallel else {}
+    eng.runner.can_share = share
+    return eng, prompts, eng.generate(prompts, n=4, parallel=parallel, max_new_tokens=70)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_samples_that_read_their_prompt_together_say_what_each_says_alone(tokenizer, tag_ids, parallel):
+    """Rows end, move and are filled again while others of their group go on."""
+    model = random_model(len(tokenizer) + 5)
+    _, _, expected = grouped_run(model, tokenizer, tag_ids, False, parallel)
+    _, prompts, found = grouped_run(model, tokenizer, tag_ids, True, parallel)
+    assert [[r.ids for r in rs] for rs in found] == [[r.ids for r in rs] for rs in expected]
+    rollouts = [r for rs in found for r in rs]
+    assert any(r.max_branches > 2 for r in rollouts) == parallel
+    scores = rescore(model, [p for p in prompts for _ in range(4)], rollouts)
+    assert worst_gap(rollouts, scores) < TOLERANCE["cpu"]
+
+
+def test_a_step_reads_a_prompt_once_for_all_its_samples(plain_tokenizer, monkeypatch):
+    model = random_model(len(plain_tokenizer))
+    slots = []  # rows times slots, of each call
+    attend = engine_module.flash_attention
+
+    def spy(q, keys, values, **bias):
+        slots.append(keys.shape[0] * keys.shape[2])
+        return attend(q, keys, values, **bias)
+
+    monkeypatch.setattr(engine_module, "flash_attention", spy)
+    prompts = [[60] * 30, [61] * 50]
+    eng = Engine(model, plain_tokenizer)
+    eng.end_ids = set()
+    eng.generate(prompts, n=6, parallel=False, max_new_tokens=3)
+    # in each step and layer twelve rows from the last prompt token on, then 29 and 49 slots of prompts
+    expected = [[12 * 1, 29, 49], [12 * 2, 29, 49], [12 * 3, 29, 49]]
+    layers = model.config.num_hidden_layers
+    steps = [slots[i : i + 3] for i in range(0, len(slots), 3)]
+    assert steps == [step for step in expected[: eng.stats.decode_steps] for _ in range(layers)]
+
+
+def test_samples_of_a_prompt_of_one_token_have_nothing_to_share(model, plain_tokenizer):
+    eng = Engine(model, plain_tokenizer)
+    [rollouts] = eng.generate([[50]], n=3, parallel=False, max_new_tokens=6)
+    assert worst_gap(rollouts, rescore(model, [[50]] * 3, rollouts)) < TOLERANCE[model.device.type]
+
+
 def test_top_k_and_top_p_keep_only_the_likeliest_tokens(model, plain_tokenizer):
     prompts = random_prompts(random.Random(2), 5)
     greedy = Engine(model, plain_tokenizer).generate(prompts, parallel=False, temperature=0, max_new_tokens=8)
