@@ -190,7 +190,8 @@ $(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
 # ---- evidence: every run and judgement behind docs/results.md, each resumable ----
 
 E := $(OUT)/evidence
-evidence: seeds $(E)/best/eval.json $(E)/hard/eval.json $(E)/controls/eval.json $(E)/votes/eval.json $(E)/path/eval.json ladder
+evidence: seeds $(E)/best/eval.json $(E)/hard/eval.json $(E)/controls/eval.json $(E)/starts/eval.json \
+  $(E)/votes/eval.json $(E)/path/eval.json ladder
 	$(PY) docs/evidence.py $(OUT)
 
 # which temperature suits whom, on `tune`; then held out, each at its own best
@@ -212,6 +213,13 @@ $(OUT)/rejection/$(DONE): $(OUT)/stage2/$(DONE)
 CONTROLS := stage3 random format rejection stage3_seq
 $(E)/controls/eval.json: $(CONTROLS:%=$(OUT)/%/$(DONE))
 	$(RUN) eval.py $(CONTROLS:%=$(OUT)/%) --greedy 1002 --timed 0 --out $(@D)
+
+# where stage 2 starts: from ZERO, or as the authors' script does from the base, on the same samples
+$(OUT)/stage2_base/$(DONE): $(OUT)/stage2/$(DONE)
+	$(RUN) stage2_beta.py --init $(OUT)/stage0 --data $(OUT)/stage2/data --out $(@D) $(STAGE2)
+
+$(E)/starts/eval.json: $(OUT)/stage2/$(DONE) $(OUT)/stage2_base/$(DONE)
+	$(RUN) eval.py $(OUT)/stage2 $(OUT)/stage2_base --greedy 1002 --timed 0 --out $(@D)
 
 # longer and wider than anything in training, against the sequential twin
 $(E)/hard/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)

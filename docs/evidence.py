@@ -272,6 +272,23 @@ def controls_table(out):
     return markdown(rows)
 
 
+def starts_table(out):
+    """BETA fine-tuned from ZERO, as here, and from the base, as the authors' script does."""
+    folder = out / "evidence/starts"
+    sampled, greedy = judged(folder), judged(folder, "heldout-greedy")
+    other = ("stage2_base", "parallel")
+    rows = []
+    for name, label in ((BETA, "ZERO, `out/stage1`"), (other, "the base, `out/stage0`")):
+        row = {"stage 2 starts from": label, "greedy %": percent(values(greedy[name]))}
+        row["at temperature 1 %"] = percent(values(sampled[name]))
+        row["valid %"] = percent(values(sampled[name], of=lambda row: row["valid"]))
+        row["ZERO minus it, greedily"] = "-"
+        if name == other:
+            row["ZERO minus it, greedily"] = difference(values(greedy[BETA]), values(greedy[other]))
+        rows.append(row)
+    return markdown(rows)
+
+
 def majority_of(rows, k):
     """Is the commonest answer among the first k rows a right one?  A tie goes to the earlier."""
     answers = [last_boxed(row["response"]) for row in rows[:k]]
@@ -349,6 +366,7 @@ PAGES = {
         "ladder": (ladder_table, "evidence/ladder"),
         "hard": (hard_table, "evidence/hard"),
         "controls": (controls_table, "evidence/controls"),
+        "starts": (starts_table, "evidence/starts"),
         "votes": (equal_cost_table, "evidence/votes"),
         "path": (path_table, "evidence/path"),
     },
