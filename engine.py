@@ -954,7 +954,14 @@ class ModelRunner:
         # copy.  Zeros, not empty: a masked slot has weight 0, and 0 * NaN garbage would still be
         # NaN.  One slot more than the budget: idle tokens of a captured graph are stored there.
         slots = (kv_tokens + 1, 2 * config.num_key_value_heads, config.head_dim)
-        self.pool = weight.new_zeros(config.num_hidden_layers, *slots, requires_grad=False)
+        shape = (config.num_hidden_layers, *slots)
+        if weight.is_cuda:
+            self.pool = weight.new_zeros(shape, requires_grad=False)
+        else:
+            # numpy's zeros take memory where they are first written to, torch's all of it at once:
+            # a judge holds many engines
+            zeros = np.zeros((*shape, weight.element_size()), dtype=np.uint8)
+            self.pool = torch.from_numpy(zeros).view(weight.dtype)[..., 0]
         self.block = torch.zeros(
             kv_tokens + 1, device=weight.device, dtype=torch.long
         )  # of each slot's token

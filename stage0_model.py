@@ -513,8 +513,8 @@ class Problem:
             value, used = evaluate(boxed)
             return value == self.parts["target"] and Counter(used) <= Counter(self.parts["numbers"])
         if self.kind == "shopping":
-            named = {thing for thing in self.parts["labels"] if re.search(rf"\b{thing}\b", boxed)}
-            return named == set(self.answer.split(" and "))
+            named = [thing for thing in self.parts["labels"] if re.search(rf"\b{thing}\b", boxed)]
+            return sorted(named) == sorted(self.answer.split(" and "))
         if not self.answer.isdigit():  # who has most
             return boxed.strip().lower() == self.answer.lower()
 
@@ -795,8 +795,8 @@ def draw_stories(rng, depth, width):
     best = ends.index((max if goal == "most" else min)(ends))
     answer = str(sum(ends)) if goal == "total" else labels[best]
     plans = [theme["plan"].format(who=name, **names) for name in labels]
-    notes = {"labels": labels, "plans": plans, "stories": stories, "goal": goal, "things": names["things"]}
-    return Problem("stories", question, answer, notes)
+    parts = {"labels": labels, "plans": plans, "stories": stories, "goal": goal, "things": names["things"]}
+    return Problem("stories", question, answer, parts)
 
 
 def draw_shopping(rng, depth, width):
@@ -816,10 +816,10 @@ def draw_shopping(rng, depth, width):
 
     # the price list in one sentence, then what is asked
     scene, price = rng.choice(shop["scene"])
-    listing = listed([price.format(item=f"the {thing}", n=prices[thing]) for thing in things])
-    question = f"{scene.format(prices=listing)} {rng.choice(shop['ask']).format(target=target)}"
-    notes = {"labels": things, "prices": prices, "target": target}
-    return Problem("shopping", question, pairs[target][0], notes)
+    scene = scene.format(prices=listed([price.format(item=f"the {a}", n=prices[a]) for a in things]))
+    question = f"{scene} {rng.choice(shop['ask']).format(target=target)}"
+    parts = {"labels": things, "prices": prices, "target": target}
+    return Problem("shopping", question, pairs[target][0], parts)
 
 
 def draw_problem(kind, rng, reach="edge", depth=0, width=0):
@@ -842,8 +842,13 @@ def draw_problem(kind, rng, reach="edge", depth=0, width=0):
     depths, widths = RUNGS[kind][reach]
     depth = depth or draw_size(rng, depths)
     width = width or draw_size(rng, widths)
-    draw = {"chains": draw_chains, "sums": draw_sums, "countdown": draw_countdown}
-    draw |= {"stories": draw_stories, "shopping": draw_shopping}
+    draw = {
+        "chains": draw_chains,
+        "sums": draw_sums,
+        "countdown": draw_countdown,
+        "stories": draw_stories,
+        "shopping": draw_shopping,
+    }
     return draw[kind](rng, depth, width)
 
 
@@ -1048,8 +1053,8 @@ def work_out_shopping(parts, rng, slip):
         steps.append(f"{text} {end}")
 
     # a second step may have found the same pair from its other end
-    answer = (pairs or ["none"])[0]
-    return [([f"try the {thing}" for thing in tried], steps, sentence(f"found: {answer}"))], answer
+    answer = [*pairs, "none"][0]
+    return [([f"try the {thing}" for thing in tried], steps, f"Found: {answer}.")], answer
 
 
 # The share of the corpus's sums that are worked in writing.
@@ -1250,12 +1255,16 @@ def word_errors(problem, text):
 
     # of a search: every price, and every verdict
     if problem.kind == "shopping":
-        prices = problem.parts["prices"]
         pairs = re.findall(r"[Ww]ith the ([a-z -]+) \d+ \+ (\d+) = (\d+), (yes|no)", text)
         said = re.findall(r"[Tt]he ([a-z -]+) costs (\d+)", text) + [pair[:2] for pair in pairs]
-        errors += [f"{thing} {price}" for thing, price in said if str(prices.get(thing)) != price]
-        target = str(problem.parts["target"])
-        return errors + [f"{c}, {verdict}" for *_, c, verdict in pairs if (c == target) != (verdict == "yes")]
+        errors += [
+            f"{thing} {price}" for thing, price in said if str(problem.parts["prices"].get(thing)) != price
+        ]
+        return errors + [
+            f"{cost}, {verdict}"
+            for *_, cost, verdict in pairs
+            if (cost == str(problem.parts["target"])) != (verdict == "yes")
+        ]
 
     # a story must be worked from its start, move by move, and end as is said of it
     [(_, steps, _)], _ = work_out_stories(problem.parts, random.Random(0), 0.0)

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from hashlib import sha256
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +120,9 @@ def test_problems_are_seeded_distinct_and_splits_are_disjoint(kind):
     seen = {split: {p.question for p in problems(kind, 150, split=split)} for split in stage0.SPLITS}
     assert all(len(questions) == 150 for questions in seen.values())
     assert not any(a & b for a, b in itertools.combinations(seen.values(), 2))
+    # not by chance: a question's hash says where it belongs, and hard ones are of no other's size
+    tenths = {s: {int(sha256(q.encode()).hexdigest(), 16) % 10 for q in seen[s]} for s in seen}
+    assert tenths["tune"] == {0} and tenths["heldout"] == {1} and tenths["train"] == set(range(2, 10))
     assert {p.question for p in problems(kind, 150)} == seen["train"]
 
 
