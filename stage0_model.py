@@ -729,99 +729,6 @@ def draw_countdown(rng, depth, width):
     return Problem("countdown", question, leading[target][0], parts)
 
 
-# ---- the same in words ----
-
-
-@functools.cache
-def word_frames():
-    """The names, things and frames of sentences that stories and shopping are told with."""
-    return json.loads((Path(__file__).parent / "assets" / "words.json").read_text())
-
-
-def listed(words):
-    """['a', 'b', 'c'] -> 'a, b and c'"""
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def sentence(text):
-    """'so Ana has 5 marbles' -> 'So Ana has 5 marbles.'"""
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def draw_stories(rng, depth, width):
-    """`width` stories of `depth` moves each, whose numbers stay within 1..99: 'Ana and Ben collect
-    marbles. Ana starts with 12 marbles. She wins 5 and doubles the collection. At first Ben owns 40
-    marbles. .. How many marbles do they have in all?' -> '89'.
-    """
-    frames = word_frames()
-    theme = rng.choice(frames["stories"])
-    people = theme.get("who", frames["people"])  # by pronoun
-    chosen = rng.sample([(name, pronoun) for pronoun, names in people.items() for name in names], width)
-    labels = [name for name, _ in chosen]
-    names = {"things": rng.choice(theme["things"]), "which": theme["which"], "all": listed(labels)}
-
-    # drawn anew while two share the most or the fewest
-    ends = []
-    while len(set(ends)) < width:
-        stories = []  # (name, pronoun, opening, start, moves)
-        ends = []
-        for name, pronoun in chosen:
-            value = start = rng.randint(5, 40)
-            opening = sentence(rng.choice(theme["start"]).format(who=name, n=start, **names))
-
-            # '*2' has its operand in its words; no words come again soon
-            moves = []  # (op, operand, frame)
-            while len(moves) < depth:
-                move, frame = rng.choice(theme["moves"])
-                operand = int(move[1:] or rng.randint(2, 20))
-                end = apply_op(value, move[0], operand)
-                if 1 <= end <= 99 and frame not in [recent for *_, recent in moves[-3:]]:
-                    value = end
-                    moves.append((move[0], operand, frame))
-            stories.append((name, pronoun, opening, start, moves))
-            ends.append(value)
-
-    # three clauses make a sentence: 'She wins 5, finds 8 more and gives 4 away. Then she ..'
-    question = sentence(rng.choice(theme["scene"]).format(**names))
-    for _, pronoun, opening, _, moves in stories:
-        clauses = [frame.format(n=operand) for _, operand, frame in moves]
-        question += f" {opening}"
-        for i in range(0, depth, 3):
-            question += " " + sentence(f"{'then ' if i else ''}{pronoun} {listed(clauses[i : i + 3])}")
-
-    # what is asked, and the solution writer's notes
-    goal = draw_size(rng, {"total": 2, "most": 1, "fewest": 1})
-    question += " " + rng.choice(frames["asks"][goal]).format(**names)
-    best = ends.index((max if goal == "most" else min)(ends))
-    answer = str(sum(ends)) if goal == "total" else labels[best]
-    plans = [theme["plan"].format(who=name, **names) for name in labels]
-    parts = {"labels": labels, "plans": plans, "stories": stories, "goal": goal, "things": names["things"]}
-    return Problem("stories", question, answer, parts)
-
-
-def draw_shopping(rng, depth, width):
-    """`depth` things with prices, and a sum that exactly `width` pairs of them cost: 'In a toy shop
-    the kite costs 12 dollars, the doll costs 30 dollars and .. Which two toys cost exactly 42
-    dollars together?' -> 'kite and doll'.
-    """
-    shop = rng.choice(word_frames()["shopping"])
-    things = rng.sample(shop["items"], depth)
-    pairs = {}  # by what they cost
-    while width not in map(len, pairs.values()):
-        prices = dict(zip(things, rng.sample(range(3, 50), depth)))
-        pairs = {}
-        for a, b in itertools.combinations(things, 2):
-            pairs.setdefault(prices[a] + prices[b], []).append(f"{a} and {b}")
-    target = rng.choice([cost for cost, those in pairs.items() if len(those) == width])
-
-    # the price list in one sentence, then what is asked
-    scene, price = rng.choice(shop["scene"])
-    scene = scene.format(prices=listed([price.format(item=f"the {a}", n=prices[a]) for a in things]))
-    question = f"{scene} {rng.choice(shop['ask']).format(target=target)}"
-    parts = {"labels": things, "prices": prices, "target": target}
-    return Problem("shopping", question, pairs[target][0], parts)
-
-
 def draw_problem(kind, rng, reach="edge", depth=0, width=0):
     """One random problem from the rungs of a reach: 'corpus', 'edge' or 'beyond' (RUNGS).
 
@@ -1001,62 +908,6 @@ def work_out_countdown(parts, rng, slip):
     return rounds, answer
 
 
-def work_out_stories(parts, rng, slip):
-    """One block: plans ["Ana's marbles", ..], steps ['Ana starts with 12 marbles. She wins 5:
-    12 + 5 = 17. So Ana has 17 marbles.', ..], takeaway 'Together 17 + 40 = 57.', or who has most.
-    """
-    steps = []
-    ends = {}
-    for name, pronoun, text, value, moves in parts["stories"]:
-        for op, operand, frame in moves:
-            worked = f"{value} {op} {operand}"
-            value = slipped(apply_op(value, op, operand), rng, slip)
-            text += " " + sentence(f"{pronoun} {frame.format(n=operand)}: {worked} = {value}")
-        ends[name] = value
-        steps.append(f"{text} So {name} has {value} {parts['things']}.")
-
-    # comparing needs the ends alone, a total is worked out
-    if parts["goal"] == "total":
-        totals = list(itertools.accumulate(ends.values(), lambda a, b: slipped(a + b, rng, slip)))
-        sums = [f"{a} + {end} = {b}" for a, b, end in zip(totals, totals[1:], [*ends.values()][1:])]
-        answer = totals[-1]
-        takeaway = f"together {', '.join(sums)}"
-    else:
-        answer = (max if parts["goal"] == "most" else min)(ends, key=ends.get)
-        compared = listed([f"{name} has {end}" for name, end in ends.items()])
-        takeaway = f"{compared}, so {answer} has the {parts['goal']}"
-    return [(parts["plans"], steps, sentence(takeaway))], str(answer)
-
-
-def work_out_shopping(parts, rng, slip):
-    """One block of a few things, each tried with all the others: plans ['try the kite', ..], steps
-    ['The kite costs 12. With the doll 12 + 30 = 42, yes. The kite and the doll fit.', ..], takeaway
-    'Found: kite and doll.'.
-
-    Which are tried is chance, so it may end with 'none': to try them all is left to learn.
-    """
-    prices = parts["prices"]
-    tried = rng.sample(parts["labels"], min(len(prices), draw_size(rng, TRIES)))
-    steps = []
-    pairs = []
-    for thing in tried:
-        text = f"The {thing} costs {prices[thing]}."
-        end = f"The {thing} is out."
-        for other in (other for other in parts["labels"] if other != thing):
-            # the verdict is on what is written, right or wrong
-            cost = slipped(prices[thing] + prices[other], rng, slip)
-            verdict = "yes" if cost == parts["target"] else "no"
-            text += f" With the {other} {prices[thing]} + {prices[other]} = {cost}, {verdict}."
-            if verdict == "yes":
-                end = f"The {thing} and the {other} fit."
-                pairs.append(f"{thing} and {other}")
-        steps.append(f"{text} {end}")
-
-    # a second step may have found the same pair from its other end
-    answer = [*pairs, "none"][0]
-    return [([f"try the {thing}" for thing in tried], steps, f"Found: {answer}.")], answer
-
-
 # The share of the corpus's sums that are worked in writing.
 WRITTEN_SHARE = 0.25
 
@@ -1135,146 +986,6 @@ def corpus_document(rng, slip, valid_share, malformed_share, kind="all"):
     if style < valid_share + malformed_share:
         return problem.question, FORMAT_PROMPT, malformed_solution(rounds, answer, rng)
     return problem.question, FORMAT_PROMPT, plain_solution(rounds, answer)
-
-
-# ---- right for the right reason ----
-
-
-def step_errors(problem, text):
-    """What a response to a made problem states and is false, as text; [] for a real problem.
-
-    Steps and takeaways are read, tagged or plain: chains and totals modulo 100, countdowns exactly;
-    what a part is (a step that works another chain than the question's is false, however true its
-    equations); what names come to; verdicts.  What looks like an equation and cannot be read is
-    false, and so is, by its name, a chain or term that is not worked at all.
-
-    'A12+5=17*3=52;a51' of 'A:12+5*3 largest modulo 100?' -> ['17*3=52', 'a51']
-    """
-    if problem.kind not in RUNGS:
-        return []
-    bare = re.sub(rf"{ANY_TAG.pattern}(?:\d+:)?", " ", text)
-    if problem.kind in WORD_KINDS:
-        return word_errors(problem, bare)
-    pieces = [piece for piece in re.split(r"[;.\s]+", bare) if piece]
-    return (countdown_errors if problem.kind == "countdown" else named_errors)(problem, pieces)
-
-
-def false_equations(piece):
-    """Those equations of a piece of working modulo 100 that do not hold, as text.
-
-    A line goes on from each result: 'A12+5=17*3=52' -> ['17*3=52'], and may be worked at one go:
-    'A12+5*3=51' -> [].
-    """
-    false = []
-    sides = re.sub(r"[A-Za-z]|(?<!\d)0+(?=\d)", "", piece).split("=")  # no names, no leading zeros
-    for left, right in itertools.pairwise(sides):
-        result = re.match(r"\d{0,9}", right)[0]
-        true = result and re.fullmatch(r"\d{1,9}([-+*]\d{1,9})*", left)
-        if true:
-            # from left to right, as parts are worked
-            value = 0
-            for op, operand in re.findall(r"([-+*]?)(\d+)", left):
-                value = apply_op(value, op or "+", int(operand)) % 100
-            true = value == int(result) % 100
-        if not true:
-            false.append(f"{left}={result}")
-    return false
-
-
-def named_errors(problem, pieces):
-    """`step_errors` of chains and sums, whose parts have names."""
-    asked = dict(re.findall(r"([A-Z]):(\S+)", problem.question))  # {'A': '12+5*3', ..}
-    known = {}  # {'a': 51}
-    errors = []
-    for piece in pieces:
-        numbers = re.findall(r"\d{1,9}", piece)
-        if piece[0] in asked and numbers and "=" in piece:
-            # a step, which copies its part from the question
-            known[piece[0].lower()] = int(numbers[-1]) % 100
-            errors += false_equations(piece)
-            work = re.sub(r"=\d+", "", piece)
-            if work != piece[0] + asked[piece[0]]:
-                errors.append(work)
-        else:
-            # the end of a step, or a takeaway; a wrong end is counted once, and carried on
-            ends = {name: int(end) for name, end in re.findall(r"([a-z])(\d{1,9})", piece)}
-            errors += [f"{name}{end:02d}" for name, end in ends.items() if known.get(name) != end]
-            errors += false_equations(piece)
-            known |= ends
-    return errors + [label for label in asked if label.lower() not in known]
-
-
-def countdown_errors(problem, pieces):
-    """`step_errors` of a countdown, whose endings go on from the step's first move."""
-    ending = r"([-+])(\d{1,9})=(-?\d{1,9})(?:/(\d{1,9})([yn]))?"
-    target = problem.parts["target"]
-    errors = []
-    value = middle = 0
-    moved = []  # the numbers of the first move, and the next one
-    hit = False
-    for piece in pieces:
-        move = re.fullmatch(r"(\d{1,9})[-+*](\d{1,9})=(\d{1,9})", piece)
-        if move:
-            *moved, value = map(int, move.groups())
-            hit = False
-            if evaluate(piece.split("=")[0])[0] != value:
-                errors.append(piece)
-        elif re.fullmatch(f"(?:{ending})+", piece):
-            # '+7=51+9=60/42n-9=42/42y': from the first move to 51, and from there twice
-            for op, operand, result, goal, verdict in re.findall(ending, piece):
-                start = middle if verdict else value
-                true = apply_op(start, op, int(operand)) == int(result)
-                if verdict:
-                    # the verdict on this target, reached with the numbers given
-                    hit = hit or verdict == "y"
-                    true = true and int(goal) == target and (verdict == "y") == (int(result) == target)
-                    true = true and sorted([*moved[:3], int(operand)]) == sorted(problem.parts["numbers"])
-                else:
-                    middle = int(result)
-                    moved = [*moved[:2], int(operand)]
-                if not true:
-                    judged = f"/{goal}{verdict}" if verdict else ""
-                    errors.append(f"{start}{op}{operand}={result}{judged}")
-        elif re.fullmatch(r"y?\(.*", piece):
-            # what a step or a takeaway says leads to the target
-            if evaluate(piece.removeprefix("y"))[0] != target:
-                errors.append(piece)
-        elif piece == "n" and hit or "=" in piece:
-            # nothing found after all, or nothing that can be read
-            errors.append(piece)
-    return errors
-
-
-def word_errors(problem, text):
-    """`step_errors` of stories and shopping, whose statements are 'a + b = c', and what is said of
-    them: what somebody has, what a thing costs, whether a pair fits.
-    """
-    equation = re.compile(r"([-+*\d ]*)= *(\d{0,9})")
-    equations = [(left.strip(), right) for left, right in equation.findall(text)]
-    errors = [f"{left} = {right}" for left, right in equations if str(evaluate(left)[0]) != right]
-
-    # of a search: every price, and every verdict
-    if problem.kind == "shopping":
-        pairs = re.findall(r"[Ww]ith the ([a-z -]+) \d+ \+ (\d+) = (\d+), (yes|no)", text)
-        said = re.findall(r"[Tt]he ([a-z -]+) costs (\d+)", text) + [pair[:2] for pair in pairs]
-        errors += [
-            f"{thing} {price}" for thing, price in said if str(problem.parts["prices"].get(thing)) != price
-        ]
-        return errors + [
-            f"{cost}, {verdict}"
-            for *_, cost, verdict in pairs
-            if (cost == str(problem.parts["target"])) != (verdict == "yes")
-        ]
-
-    # a story must be worked from its start, move by move, and end as is said of it
-    [(_, steps, _)], _ = work_out_stories(problem.parts, random.Random(0), 0.0)
-    for name, step in zip(problem.parts["labels"], steps):
-        asked = [(left.strip(), right) for left, right in equation.findall(step)]
-        if asked not in [equations[i : i + len(asked)] for i in range(len(equations))]:
-            errors.append(name)
-        ends = re.findall(rf"\b{name} has (\d+)", text, re.I)
-        errors += [f"{name} has {end}" for end in ends if end != asked[-1][1]]
-    return errors
 
 
 # ==================================================================================================
@@ -2162,6 +1873,295 @@ def read_prompt(prompt_file, data, path=None):
     if not file.is_file():
         raise UserError(f"--prompt-file {file}: no such file; expected a text like {REAL_FORMAT_PROMPT_FILE}")
     return file.read_text(encoding="utf-8").strip()
+
+
+# ---- word problems: the two kinds in English, for models that read it ----
+
+
+@functools.cache
+def word_frames():
+    """The names, things and frames of sentences that stories and shopping are told with."""
+    return json.loads((Path(__file__).parent / "assets" / "words.json").read_text())
+
+
+def listed(words):
+    """['a', 'b', 'c'] -> 'a, b and c'"""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def sentence(text):
+    """'so Ana has 5 marbles' -> 'So Ana has 5 marbles.'"""
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def draw_stories(rng, depth, width):
+    """`width` stories of `depth` moves each, whose numbers stay within 1..99: 'Ana and Ben collect
+    marbles. Ana starts with 12 marbles. She wins 5 and doubles the collection. At first Ben owns 40
+    marbles. .. How many marbles do they have in all?' -> '89'.
+    """
+    frames = word_frames()
+    theme = rng.choice(frames["stories"])
+    people = theme.get("who", frames["people"])  # by pronoun
+    chosen = rng.sample([(name, pronoun) for pronoun, names in people.items() for name in names], width)
+    labels = [name for name, _ in chosen]
+    names = {"things": rng.choice(theme["things"]), "which": theme["which"], "all": listed(labels)}
+
+    # drawn anew while two share the most or the fewest
+    ends = []
+    while len(set(ends)) < width:
+        stories = []  # (name, pronoun, opening, start, moves)
+        ends = []
+        for name, pronoun in chosen:
+            value = start = rng.randint(5, 40)
+            opening = sentence(rng.choice(theme["start"]).format(who=name, n=start, **names))
+
+            # '*2' has its operand in its words; no words come again soon
+            moves = []  # (op, operand, frame)
+            while len(moves) < depth:
+                move, frame = rng.choice(theme["moves"])
+                operand = int(move[1:] or rng.randint(2, 20))
+                end = apply_op(value, move[0], operand)
+                if 1 <= end <= 99 and frame not in [recent for *_, recent in moves[-3:]]:
+                    value = end
+                    moves.append((move[0], operand, frame))
+            stories.append((name, pronoun, opening, start, moves))
+            ends.append(value)
+
+    # three clauses make a sentence: 'She wins 5, finds 8 more and gives 4 away. Then she ..'
+    question = sentence(rng.choice(theme["scene"]).format(**names))
+    for _, pronoun, opening, _, moves in stories:
+        clauses = [frame.format(n=operand) for _, operand, frame in moves]
+        question += f" {opening}"
+        for i in range(0, depth, 3):
+            question += " " + sentence(f"{'then ' if i else ''}{pronoun} {listed(clauses[i : i + 3])}")
+
+    # what is asked, and the solution writer's notes
+    goal = draw_size(rng, {"total": 2, "most": 1, "fewest": 1})
+    question += " " + rng.choice(frames["asks"][goal]).format(**names)
+    best = ends.index((max if goal == "most" else min)(ends))
+    answer = str(sum(ends)) if goal == "total" else labels[best]
+    plans = [theme["plan"].format(who=name, **names) for name in labels]
+    parts = {"labels": labels, "plans": plans, "stories": stories, "goal": goal, "things": names["things"]}
+    return Problem("stories", question, answer, parts)
+
+
+def draw_shopping(rng, depth, width):
+    """`depth` things with prices, and a sum that exactly `width` pairs of them cost: 'In a toy shop
+    the kite costs 12 dollars, the doll costs 30 dollars and .. Which two toys cost exactly 42
+    dollars together?' -> 'kite and doll'.
+    """
+    shop = rng.choice(word_frames()["shopping"])
+    things = rng.sample(shop["items"], depth)
+    pairs = {}  # by what they cost
+    while width not in map(len, pairs.values()):
+        prices = dict(zip(things, rng.sample(range(3, 50), depth)))
+        pairs = {}
+        for a, b in itertools.combinations(things, 2):
+            pairs.setdefault(prices[a] + prices[b], []).append(f"{a} and {b}")
+    target = rng.choice([cost for cost, those in pairs.items() if len(those) == width])
+
+    # the price list in one sentence, then what is asked
+    scene, price = rng.choice(shop["scene"])
+    scene = scene.format(prices=listed([price.format(item=f"the {a}", n=prices[a]) for a in things]))
+    question = f"{scene} {rng.choice(shop['ask']).format(target=target)}"
+    parts = {"labels": things, "prices": prices, "target": target}
+    return Problem("shopping", question, pairs[target][0], parts)
+
+
+def work_out_stories(parts, rng, slip):
+    """One block: plans ["Ana's marbles", ..], steps ['Ana starts with 12 marbles. She wins 5:
+    12 + 5 = 17. So Ana has 17 marbles.', ..], takeaway 'Together 17 + 40 = 57.', or who has most.
+    """
+    steps = []
+    ends = {}
+    for name, pronoun, text, value, moves in parts["stories"]:
+        for op, operand, frame in moves:
+            worked = f"{value} {op} {operand}"
+            value = slipped(apply_op(value, op, operand), rng, slip)
+            text += " " + sentence(f"{pronoun} {frame.format(n=operand)}: {worked} = {value}")
+        ends[name] = value
+        steps.append(f"{text} So {name} has {value} {parts['things']}.")
+
+    # comparing needs the ends alone, a total is worked out
+    if parts["goal"] == "total":
+        totals = list(itertools.accumulate(ends.values(), lambda a, b: slipped(a + b, rng, slip)))
+        sums = [f"{a} + {end} = {b}" for a, b, end in zip(totals, totals[1:], [*ends.values()][1:])]
+        answer = totals[-1]
+        takeaway = f"together {', '.join(sums)}"
+    else:
+        answer = (max if parts["goal"] == "most" else min)(ends, key=ends.get)
+        compared = listed([f"{name} has {end}" for name, end in ends.items()])
+        takeaway = f"{compared}, so {answer} has the {parts['goal']}"
+    return [(parts["plans"], steps, sentence(takeaway))], str(answer)
+
+
+def work_out_shopping(parts, rng, slip):
+    """One block of a few things, each tried with all the others: plans ['try the kite', ..], steps
+    ['The kite costs 12. With the doll 12 + 30 = 42, yes. The kite and the doll fit.', ..], takeaway
+    'Found: kite and doll.'.
+
+    Which are tried is chance, so it may end with 'none': to try them all is left to learn.
+    """
+    prices = parts["prices"]
+    tried = rng.sample(parts["labels"], min(len(prices), draw_size(rng, TRIES)))
+    steps = []
+    pairs = []
+    for thing in tried:
+        text = f"The {thing} costs {prices[thing]}."
+        end = f"The {thing} is out."
+        for other in (other for other in parts["labels"] if other != thing):
+            # the verdict is on what is written, right or wrong
+            cost = slipped(prices[thing] + prices[other], rng, slip)
+            verdict = "yes" if cost == parts["target"] else "no"
+            text += f" With the {other} {prices[thing]} + {prices[other]} = {cost}, {verdict}."
+            if verdict == "yes":
+                end = f"The {thing} and the {other} fit."
+                pairs.append(f"{thing} and {other}")
+        steps.append(f"{text} {end}")
+
+    # a second step may have found the same pair from its other end
+    answer = [*pairs, "none"][0]
+    return [([f"try the {thing}" for thing in tried], steps, f"Found: {answer}.")], answer
+
+
+# ---- right for the right reason: what the judge checks of a response, besides its answer ----
+
+
+def step_errors(problem, text):
+    """What a response to a made problem states and is false, as text; [] for a real problem.
+
+    Steps and takeaways are read, tagged or plain: chains and totals modulo 100, countdowns exactly;
+    what a part is (a step that works another chain than the question's is false, however true its
+    equations); what names come to; verdicts.  What looks like an equation and cannot be read is
+    false, and so is, by its name, a chain or term that is not worked at all.
+
+    'A12+5=17*3=52;a51' of 'A:12+5*3 largest modulo 100?' -> ['17*3=52', 'a51']
+    """
+    if problem.kind not in RUNGS:
+        return []
+    bare = re.sub(rf"{ANY_TAG.pattern}(?:\d+:)?", " ", text)
+    if problem.kind in WORD_KINDS:
+        return word_errors(problem, bare)
+    pieces = [piece for piece in re.split(r"[;.\s]+", bare) if piece]
+    return (countdown_errors if problem.kind == "countdown" else named_errors)(problem, pieces)
+
+
+def false_equations(piece):
+    """Those equations of a piece of working modulo 100 that do not hold, as text.
+
+    A line goes on from each result: 'A12+5=17*3=52' -> ['17*3=52'], and may be worked at one go:
+    'A12+5*3=51' -> [].
+    """
+    false = []
+    sides = re.sub(r"[A-Za-z]|(?<!\d)0+(?=\d)", "", piece).split("=")  # no names, no leading zeros
+    for left, right in itertools.pairwise(sides):
+        result = re.match(r"\d{0,9}", right)[0]
+        true = result and re.fullmatch(r"\d{1,9}([-+*]\d{1,9})*", left)
+        if true:
+            # from left to right, as parts are worked
+            value = 0
+            for op, operand in re.findall(r"([-+*]?)(\d+)", left):
+                value = apply_op(value, op or "+", int(operand)) % 100
+            true = value == int(result) % 100
+        if not true:
+            false.append(f"{left}={result}")
+    return false
+
+
+def named_errors(problem, pieces):
+    """`step_errors` of chains and sums, whose parts have names."""
+    asked = dict(re.findall(r"([A-Z]):(\S+)", problem.question))  # {'A': '12+5*3', ..}
+    known = {}  # {'a': 51}
+    errors = []
+    for piece in pieces:
+        numbers = re.findall(r"\d{1,9}", piece)
+        if piece[0] in asked and numbers and "=" in piece:
+            # a step, which copies its part from the question
+            known[piece[0].lower()] = int(numbers[-1]) % 100
+            errors += false_equations(piece)
+            work = re.sub(r"=\d+", "", piece)
+            if work != piece[0] + asked[piece[0]]:
+                errors.append(work)
+        else:
+            # the end of a step, or a takeaway; a wrong end is counted once, and carried on
+            ends = {name: int(end) for name, end in re.findall(r"([a-z])(\d{1,9})", piece)}
+            errors += [f"{name}{end:02d}" for name, end in ends.items() if known.get(name) != end]
+            errors += false_equations(piece)
+            known |= ends
+    return errors + [label for label in asked if label.lower() not in known]
+
+
+def countdown_errors(problem, pieces):
+    """`step_errors` of a countdown, whose endings go on from the step's first move."""
+    ending = r"([-+])(\d{1,9})=(-?\d{1,9})(?:/(\d{1,9})([yn]))?"
+    target = problem.parts["target"]
+    errors = []
+    value = middle = 0
+    moved = []  # the numbers of the first move, and the next one
+    hit = False
+    for piece in pieces:
+        move = re.fullmatch(r"(\d{1,9})[-+*](\d{1,9})=(\d{1,9})", piece)
+        if move:
+            *moved, value = map(int, move.groups())
+            hit = False
+            if evaluate(piece.split("=")[0])[0] != value:
+                errors.append(piece)
+        elif re.fullmatch(f"(?:{ending})+", piece):
+            # '+7=51+9=60/42n-9=42/42y': from the first move to 51, and from there twice
+            for op, operand, result, goal, verdict in re.findall(ending, piece):
+                start = middle if verdict else value
+                true = apply_op(start, op, int(operand)) == int(result)
+                if verdict:
+                    # the verdict on this target, reached with the numbers given
+                    hit = hit or verdict == "y"
+                    true = true and int(goal) == target and (verdict == "y") == (int(result) == target)
+                    true = true and sorted([*moved[:3], int(operand)]) == sorted(problem.parts["numbers"])
+                else:
+                    middle = int(result)
+                    moved = [*moved[:2], int(operand)]
+                if not true:
+                    judged = f"/{goal}{verdict}" if verdict else ""
+                    errors.append(f"{start}{op}{operand}={result}{judged}")
+        elif re.fullmatch(r"y?\(.*", piece):
+            # what a step or a takeaway says leads to the target
+            if evaluate(piece.removeprefix("y"))[0] != target:
+                errors.append(piece)
+        elif piece == "n" and hit or "=" in piece:
+            # nothing found after all, or nothing that can be read
+            errors.append(piece)
+    return errors
+
+
+def word_errors(problem, text):
+    """`step_errors` of stories and shopping, whose statements are 'a + b = c', and what is said of
+    them: what somebody has, what a thing costs, whether a pair fits.
+    """
+    equation = re.compile(r"([-+*\d ]*)= *(\d{0,9})")
+    equations = [(left.strip(), right) for left, right in equation.findall(text)]
+    errors = [f"{left} = {right}" for left, right in equations if str(evaluate(left)[0]) != right]
+
+    # of a search: every price, and every verdict
+    if problem.kind == "shopping":
+        pairs = re.findall(r"[Ww]ith the ([a-z -]+) \d+ \+ (\d+) = (\d+), (yes|no)", text)
+        said = re.findall(r"[Tt]he ([a-z -]+) costs (\d+)", text) + [pair[:2] for pair in pairs]
+        errors += [
+            f"{thing} {price}" for thing, price in said if str(problem.parts["prices"].get(thing)) != price
+        ]
+        return errors + [
+            f"{cost}, {verdict}"
+            for *_, cost, verdict in pairs
+            if (cost == str(problem.parts["target"])) != (verdict == "yes")
+        ]
+
+    # a story must be worked from its start, move by move, and end as is said of it
+    [(_, steps, _)], _ = work_out_stories(problem.parts, random.Random(0), 0.0)
+    for name, step in zip(problem.parts["labels"], steps):
+        asked = [(left.strip(), right) for left, right in equation.findall(step)]
+        if asked not in [equations[i : i + len(asked)] for i in range(len(equations))]:
+            errors.append(name)
+        ends = re.findall(rf"\b{name} has (\d+)", text, re.I)
+        errors += [f"{name} has {end}" for end in ends if end != asked[-1][1]]
+    return errors
 
 
 # ---- the run folder ----
