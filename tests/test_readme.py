@@ -309,7 +309,6 @@ def test_every_link_within_the_repository_leads_somewhere(page):
 # ======================================================================================================================
 
 
-@pytest.mark.xfail(strict=False, reason="README is rewritten last; then this mark goes")
 def test_readme_has_at_most_200_lines_2000_words_and_100_columns():
     text = (ROOT / "README.md").read_text("utf-8")
     lines = text.splitlines()
