@@ -91,13 +91,12 @@ diff:
 bench: $(VENV)
 	$(PY) tests/bench_engine.py $(if $(DEVICE),--device $(DEVICE)) $(BENCH)
 
-# stage 3 has many samples, because one in a hundred is right at this size, and without one there is no gradient
 smoke:
 	$(MAKE) --no-print-directory OUT=$(SMOKE) \
 	  STAGE0="--steps 400 --batch-tokens 4096 --micro-batches 2 --hidden-size 64 --layers 2 --muon-lr 8e-3 --valid-share 1 --malformed-share 0" \
 	  STAGE1="--kind sums --steps 2 --prompts 3 --group-size 4 --max-new-tokens 320 --max-rounds 1" \
 	  STAGE2="--kind sums --problems 100 --samples 2 --epochs 20 --batch-tokens 2048 --max-new-tokens 320 --keep-wrong" \
-	  STAGE3="--kind sums --steps 2 --prompts 16 --group-size 24 --temperature 0.7 --max-new-tokens 320" \
+	  STAGE3="--kind sums --steps 2 --prompts 4 --group-size 8 --max-new-tokens 320" \
 	  EVAL="--kind sums --n 12 --max-new-tokens 320 --timed 1"
 
 smoke-real: $(VENV)
@@ -150,7 +149,7 @@ $(OUT)/compared/eval.json:
 $(OUT)/timed/eval.json:
 	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3=format $(OUT)/stage3 --out $(@D) $(EVAL) --n 12 --greedy 1 --timed 10
 
-# ---- the studies of README's "Measured" ----
+# ---- the studies behind docs/results.md ----
 
 # OMP_NUM_THREADS=1 make -j2 seeds runs both at once, on one core each
 SEEDS := 1 2 3 4

@@ -2,12 +2,12 @@
 
 In : nothing, or --init any of FAMILIES.     Out: out/stage0/, a Hugging Face checkpoint.
 
-NPR starts from an instruction-tuned model (the paper: Qwen3-4B).  None can be downloaded into a
-tutorial, so this stage makes a stand-in in minutes: a Qwen3 of 0.8M parameters that solves made
+NPR starts from an instruction-tuned model (the paper: Qwen3-4B).  None is small enough for a
+laptop, so this stage makes a stand-in in minutes: a Qwen3 of 0.8M parameters that solves made
 problems step by step with mediocre accuracy, and follows the parallel format only now and then.
 Equation: next-token loss on responses, L = -(1/N) sum_t log p(x_t | x_<t).
 
-    python stage0_model.py                      # about 20 minutes on 2 cores
+    python stage0_model.py                      # about 20 minutes on one core
     python stage0_model.py --steps 20 --out out/smoke/stage0
     python stage0_model.py --init out/real-weights --kind words --lr 1e-4 --muon-lr 0  # in English
 
@@ -787,9 +787,9 @@ def make_problems(kind, split, n, seed, reach="", depth=0, width=0):
         if len(problems) == n:
             return list(problems.values())
 
-        # what belongs to another split is thrown away; hard problems are too large for any other
+        # what belongs to another split is thrown away; hard ones are the held-out ones beyond
         problem = draw_problem(kinds[len(problems) % len(kinds)], rng, reach, depth, width)
-        if split == "hard" or split_of(problem.question) == split:
+        if split_of(problem.question) == {"hard": "heldout"}.get(split, split):
             problems.setdefault(problem.question, problem)
     raise UserError(f"{kind}/{split} has no {n} distinct problems; ask for fewer")
 

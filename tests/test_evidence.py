@@ -72,7 +72,9 @@ def test_the_table_of_stages_says_means_ranges_gains_and_soundness(monkeypatch, 
         "50.0 to 100.0",
     )
     # q is right once in two seeds, and never without a false equation
-    assert found["right and sound %"].startswith("50.0") and found["greedy minus base"].startswith("+25.0")
+    assert found["right and sound, greedily %"].startswith("50.0") and found["greedy minus base"].startswith(
+        "+25.0"
+    )
     assert found["tokens/path"] == "2.00" and found["valid %"] == "100.0"
     assert cells(evidence.stages_table(out), "base")["greedy %"].startswith("50.0")
 

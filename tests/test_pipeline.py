@@ -91,7 +91,7 @@ def test_smoke_rollouts_of_stage_3_fork_for_real(smoke):
 def test_papo_learns_something_in_the_smoke_run(smoke):
     out, _, _ = smoke
     rows = [json.loads(line) for line in (out / "stage3" / "log.jsonl").read_text().splitlines()]
-    assert any(row["grad_norm"] > 0 and row["reward"] > -1 for row in rows)
+    assert any(row["grad_norm"] > 0 for row in rows) and len({row["reward"] for row in rows}) > 1
     before, after = (load_file(out / stage / "model.safetensors") for stage in ("stage2", "stage3"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
 

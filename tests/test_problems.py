@@ -16,6 +16,8 @@ def test_problems_are_seeded_distinct_and_splits_are_disjoint(kind):
         split: {p.question for p in make_problems(kind, split, 150, seed=3)}
         for split in ("train", "tune", "heldout")
     }
+    hard = {p.question for p in make_problems(kind, "hard", 100, seed=3)}
+    assert {stage0.split_of(question) for question in hard} == {"heldout"}
     assert all(len(questions) == 150 for questions in seen.values())
     assert (
         not (seen["train"] & seen["tune"])
@@ -106,7 +108,7 @@ def test_every_rung_of_any_reach_can_be_asked_for_exactly():
             for split in ("heldout", "hard"):
                 problems = make_problems(kind, split, 3, 0, depth=depth, width=width)
                 assert {rung(p) for p in problems} == {(depth, width)}
-                assert split == "hard" or all(stage0.split_of(p.question) == split for p in problems)
+                assert all(stage0.split_of(p.question) == "heldout" for p in problems)
     # one of the two alone: the other is drawn as ever
     assert {rung(p)[0] for p in make_problems("sums", "tune", 40, 0, depth=5)} == {5}
     assert len({rung(p)[1] for p in make_problems("sums", "tune", 40, 0, depth=5)}) > 3
