@@ -199,8 +199,8 @@ $(E)/temperature/%/eval.json: $(OUT)/stage3/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage2 $(OUT)/stage3 --split tune --n 300 --temperature $* --greedy 1 --timed 0 --out $(@D)
 
 $(E)/best/eval.json: $(TEMPERATURES:%=$(E)/temperature/%/eval.json)
-	for stage in stage0 stage2; do \
-	  $(RUN) eval.py $(OUT)/$$stage --temperature $$($(PY) docs/evidence.py $(OUT) --best $$stage) --greedy 1 --timed 0 --out $(@D) || exit; done
+	for stage in stage0=plain stage2; do \
+	  $(RUN) eval.py $(OUT)/$$stage --temperature $$($(PY) docs/evidence.py $(OUT) --best $${stage%=*}) --greedy 1 --timed 0 --out $(@D) || exit; done
 
 # the same rollouts and updates with rewards that say nothing of answers; as many samples, imitated
 $(OUT)/random/$(DONE) $(OUT)/format/$(DONE): $(OUT)/%/$(DONE): $(OUT)/stage2/$(DONE)

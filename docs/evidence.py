@@ -190,6 +190,8 @@ def temperatures_table(out):
     # The best of each by those problems, on held-out ones.
     sampled, _ = seeds_of(out)
     for name, there in judged(out / "evidence/best").items():
+        if name not in found:
+            continue  # the base asked for the format has no sweep
         against = difference(values(sampled[0][NPR]), values(there))
         text += f"\n\nHeld out, NPR at temperature 1 minus {STAGES[name]} at its best, "
         text += f"{best_temperature(found, name):g}: {against} points (seed 0)."
