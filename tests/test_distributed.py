@@ -146,7 +146,7 @@ def test_two_ranks_make_the_updates_of_one_process(runs, name):
     one = result(runs / name / "1")
     assert_same(one, result(runs / name / "2"))
     weights, log = one
-    assert all(-1 < row["reward"] < 1 and row["grad_norm"] > 0 for row in log)
+    assert all(-2 < row["reward"] < 1 and row["grad_norm"] > 0 for row in log)
 
     # they agree on something: the weights have moved, and dynamic sampling drew again on both ranks
     start = load_file(runs / ("plain" if name == "stage1" else "tagged") / "model.safetensors")
