@@ -364,13 +364,13 @@ PAGES = {
     "docs/results.md": {
         "stages": (stages_table, "eval.json"),
         "kinds": (kinds_table, "eval.json"),
-        "temperatures": (temperatures_table, "evidence/temperature"),
+        "temperatures": (temperatures_table, "evidence/temperature/1.0/eval.json"),
         "ladder": (ladder_table, "evidence/ladder"),
-        "hard": (hard_table, "evidence/hard"),
-        "controls": (controls_table, "evidence/controls"),
-        "starts": (starts_table, "evidence/starts"),
-        "votes": (equal_cost_table, "evidence/votes"),
-        "path": (path_table, "evidence/path"),
+        "hard": (hard_table, "evidence/hard/eval.json"),
+        "controls": (controls_table, "evidence/controls/eval.json"),
+        "starts": (starts_table, "evidence/starts/eval.json"),
+        "votes": (equal_cost_table, "evidence/votes/eval.json"),
+        "path": (path_table, "evidence/path/eval.json"),
     },
 }
 
