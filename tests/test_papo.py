@@ -113,9 +113,9 @@ def rollout_of(tokens, critical_path):
 
 
 @pytest.mark.parametrize(
-    "valid, right, expected", [(True, True, 1), (True, False, -1), (False, True, -1), (False, False, -1)]
+    "valid, right, expected", [(True, True, 1), (True, False, -1), (False, True, -2), (False, False, -2)]
 )
-def test_the_reward_is_accuracy_of_valid_responses(valid, right, expected):
+def test_a_malformed_response_costs_more_than_a_wrong_one(valid, right, expected):
     assert reward_of(rollout_of(10, 10), "", valid, right, args_of()) == expected
 
 
@@ -125,13 +125,13 @@ def test_the_path_weight_pays_right_answers_for_tokens_that_nobody_waited_for():
     assert reward_of(rollout_of(30, 12), "", True, True, weighted) == pytest.approx(1 + 0.5 * 0.6)
     assert reward_of(rollout_of(30, 30), "", True, True, weighted) == 1
     assert reward_of(rollout_of(30, 12), "", True, False, weighted) == -1
-    assert reward_of(rollout_of(30, 12), "", False, True, weighted) == -1
+    assert reward_of(rollout_of(30, 12), "", False, True, weighted) == -2
 
 
 def test_the_controls_pay_for_the_format_alone_or_for_nothing():
     assert [
         reward_of(rollout_of(9, 9), "", valid, False, args_of(reward="format")) for valid in (True, False)
-    ] == [1, -1]
+    ] == [1, -2]
     coins = [
         reward_of(rollout_of(9, 9), f"text {i}", True, i % 2 == 0, args_of(reward="random"))
         for i in range(400)
