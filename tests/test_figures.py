@@ -416,3 +416,12 @@ def test_whoever_wants_no_motion_sees_the_heros_end(browser, scripted, tmp_path,
     hidden = "[...document.querySelectorAll('g.k')].every(g => getComputedStyle(g).opacity === '0')"
     assert page.evaluate(hidden)
     page.close()
+
+
+@pytest.mark.parametrize("name", ["mask", "ladder", "hero", "kv"])
+def test_the_committed_picture_is_what_the_shipped_checkpoint_draws_today(name, tmp_path, monkeypatch):
+    shipped = ROOT / "assets/npr-tiny/stage3"
+    words = ["figures.py", name, "--init", str(shipped), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    figures.main()
+    assert (tmp_path / f"{name}.svg").read_text() == (ROOT / f"assets/figures/{name}.svg").read_text()
