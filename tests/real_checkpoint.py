@@ -1,7 +1,7 @@
 """A small random checkpoint in the layout of Qwen/Qwen3-*, and data in the form of real data sets:
 what cannot be downloaded here, made.
 
-    python tests/real_checkpoint.py out/smoke-real
+    python tests/real_checkpoint.py out/smoke-layout
 
 writes base/, train.json (as ORZ-57k), samples.jsonl (for stage 2) and prompt.txt into that folder.
 
