@@ -11,7 +11,7 @@ are several seeds, a problem counts with the mean of its seeds.
 
 import argparse
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the six files lie one folder up
 
-from eval import mean_and_ci, pass_at  # noqa: E402
-from stage0_model import KINDS, last_boxed, read_jsonl, read_object, run_main, write_text  # noqa: E402
+from eval import majority, mean_and_ci, pass_at  # noqa: E402
+from stage0_model import KINDS, read_jsonl, read_object, run_main, write_text  # noqa: E402
 
 # ==================================================================================================
 # 1. Judged responses
@@ -291,13 +291,6 @@ def starts_table(out):
     return markdown(rows)
 
 
-def majority_of(rows, k):
-    """Is the commonest answer among the first k rows a right one?  A tie goes to the earlier."""
-    answers = [last_boxed(row["response"]) for row in rows[:k]]
-    [(best, _)] = Counter(answers).most_common(1)
-    return rows[answers.index(best)]["right"]
-
-
 def equal_cost_table(out):
     """Majority votes that cost as many tokens as NPR's answers, or whose tokens, drawn side by side,
     take as long as its critical path.
@@ -313,7 +306,7 @@ def equal_cost_table(out):
         length = np.mean([row["tokens"] for row in mine])
         for k in (1, 2, 4, 8, 16):
             if k <= len(next(iter(problems.values()))):
-                voted = {q: float(majority_of(each, k)) for q, each in problems.items()}
+                voted = {q: float(majority(each[:k])) for q, each in problems.items()}
                 rows.append(
                     {
                         "checkpoint": STAGES.get(name, "SR, sequentially"),

@@ -42,8 +42,8 @@ def test_a_problem_counts_with_the_mean_of_its_seeds_and_differences_are_paired(
 
 def test_a_majority_is_of_the_first_k_and_a_tie_goes_to_the_earlier():
     rows = [row("p", text == "7", response=f"\\boxed{{{text}}}") for text in "8779"]
-    assert not evidence.majority_of(rows, 1) and not evidence.majority_of(rows, 2)
-    assert evidence.majority_of(rows, 3) and evidence.majority_of(rows, 4)
+    assert not evidence.majority(rows[:1]) and not evidence.majority(rows[:2])
+    assert evidence.majority(rows[:3]) and evidence.majority(rows[:4])
 
 
 def cells(table, first):
