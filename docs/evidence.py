@@ -106,16 +106,22 @@ def seeds_of(out):
     return [judged(f) for f in folders], [judged(f, "heldout-greedy") for f in folders]
 
 
+def of_seeds(name, sampled, greedy):
+    """A checkpoint's sampled and greedy runs, one a seed; all its sampled rows; means over these."""
+    runs = [run[name] for run in sampled if name in run]
+    best = [run[name] for run in greedy if name in run]
+    flat = [row for run in runs for rows in run.values() for row in rows]
+    mean = {key: np.mean([row[key] for row in flat]) for key in ("valid", "tokens", "critical_path")}
+    return runs, best, flat, mean
+
+
 def stages_table(out):
     """Every checkpoint, the mean over seeds, and what it has gained over the base, greedily."""
     sampled, greedy = seeds_of(out)
     base = over_seeds([greedy[0][BASE]])
     rows = []
     for name, label in STAGES.items():
-        runs = [run[name] for run in sampled if name in run]
-        best = [run[name] for run in greedy if name in run]
-        flat = [row for run in runs for rows_of in run.values() for row in rows_of]
-        mean = {key: np.mean([row[key] for row in flat]) for key in ("valid", "tokens", "critical_path")}
+        runs, best, flat, mean = of_seeds(name, sampled, greedy)
         several = np.mean([row["branches"] >= 2 for row in flat if (row["parts"] or 2) >= 2])
         each = [100 * np.mean(list(values(run).values())) for run in best]
         rows.append(
@@ -144,10 +150,7 @@ def results_table(out):
     seconds = {(Path(r["checkpoint"]).name, r["mode"]): r["seconds to answer"] for r in judgements}
     rows = []
     for name, label in STAGES.items():
-        runs = [run[name] for run in sampled if name in run]
-        best = [run[name] for run in greedy if name in run]
-        flat = [row for run in runs for rows_of in run.values() for row in rows_of]
-        mean = {key: np.mean([row[key] for row in flat]) for key in ("valid", "tokens", "critical_path")}
+        runs, best, _, mean = of_seeds(name, sampled, greedy)
         rows.append(
             {
                 "checkpoint": label,

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the six files
 from engine import BUILT_IN, TAGS, Engine, layout, trace, visible  # noqa: E402
 from eval import table  # noqa: E402
 from stage0_model import ANY_TAG, FORMAT_PROMPT, UserError, load, make_problems, prompt_ids  # noqa: E402
-from stage0_model import read_jsonl, read_object, response_text, run_main, finished, write_text  # noqa: E402
+from stage0_model import finished, listed, read_jsonl, read_object, response_text, run_main, write_text  # noqa: E402
 from stage1_zero import VIOLATIONS, format_score, parse_response  # noqa: E402
 
 # ==================================================================================================
@@ -315,11 +315,6 @@ def draw_ladder():
 
 NUMBER_WORDS = "no one two three four five six seven eight nine ten".split()
 OP_WORDS = {"+": "add {}", "-": "take away {}", "*": "times {}"}
-
-
-def listed(words, last="and"):
-    """['A', 'B', 'C'] -> 'A, B and C'."""
-    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def chains_in_words(parts):

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 import sys
 from xml.etree import ElementTree
 
@@ -365,19 +364,6 @@ def test_the_summary_is_printed(tmp_path, monkeypatch, capsys):
 # ======================================================================================================================
 # 4. In a browser
 # ======================================================================================================================
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-extra.txt")
-    names = ("google-chrome", "chromium", "chromium-browser")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if not path:
-        pytest.skip(f"none of {', '.join(names)} is installed: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path)
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.slow
