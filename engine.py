@@ -24,6 +24,7 @@ closed: these tokens are *forced*, everything else is sampled.
 Read sections 1 to 6 for every idea; section 7 is the same on a GPU, faster.
 """
 
+import gc
 import hashlib
 import itertools
 import json
@@ -1574,11 +1575,16 @@ class CudaGraphs:
             function(*buffers)
         torch.cuda.current_stream().wait_stream(stream)
 
-        # Graphs run one after another, so they can share their memory.
+        # Graphs run one after another, so they can share their memory.  No garbage is collected in
+        # between: were another engine's graphs among it, freeing them would break this capture.
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            result = function(*buffers)
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                result = function(*buffers)
+        finally:
+            gc.enable()
         return graph, result
 
 

@@ -46,7 +46,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import distributed as dist, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention  # on CUDA only
+from torch.nn.attention.flex_attention import BlockMask, flex_attention  # on CUDA only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -155,7 +155,16 @@ def uses_flex(device):
 @functools.cache
 def compiled(function, dynamic=None):
     """torch.compile on CUDA: for the first shape, and at the second for all (dynamic: at once)."""
-    return torch.compile(function, dynamic=dynamic) if can_compile() else function
+    if not can_compile():
+        return function
+
+    # There are few kernels to compile.  A pool of processes for them takes a gigabyte for each, and
+    # where a signal ends it (`timeout`, Slurm) the run would wait for it for ever.
+    torch._inductor.config.compile_threads = 1
+    return torch.compile(function, dynamic=dynamic)
+
+
+TILE = 128  # tokens along a side of what FlexAttention skips or computes
 
 
 def bucket(n):
@@ -167,9 +176,9 @@ def bucket(n):
 def visibility(block, branch, document=None):
     """`visible_mask` in the form that `attention` takes.
 
-    None where plain causal order says it all; on a CPU (B, 1, T, T) bool; on CUDA the tiles of
-    128 x 128 tokens that are not empty: there, siblings and other documents are skipped, not
-    computed and masked.
+    None where plain causal order says it all; on a CPU (B, 1, T, T) bool; on CUDA a BlockMask, the
+    tiles of 128 x 128 tokens that are not empty: there, siblings and other documents are skipped,
+    not computed and masked.
     """
     if document is None and not block.any():
         return None
@@ -178,12 +187,30 @@ def visibility(block, branch, document=None):
     B, T = block.shape
     document = torch.zeros_like(block) if document is None else document
 
-    # The same rule for a pair of tokens.  Compiled, or all T x T would be filled to find the tiles.
+    # The same rule for a pair of tokens, of batch row b.
     def sees(b, h, q, k):
         sibling = (block[b, q] == block[b, k]) & (block[b, q] != 0) & (branch[b, q] != branch[b, k])
         return (q >= k) & (document[b, q] == document[b, k]) & ~sibling
 
-    return compiled(create_block_mask)(sees, B, None, T, T, device=block.device)
+    # How many pairs of a tile see one another, a stripe of queries at a time: all T x T pairs of a
+    # long row would be gigabytes.  torch's create_block_mask has to be compiled for that, which on
+    # an H200 took more than a minute.
+    row, token = (torch.arange(n, device=block.device) for n in (B, T))
+    side = -(-T // TILE)
+    counts = []
+    for q in token.split(8 * TILE):
+        pairs = sees(row[:, None, None], 0, q[:, None], token)  # (B, Q, T)
+        pairs = F.pad(pairs, (0, side * TILE - T, 0, -len(q) % TILE))
+        counts.append(pairs.view(B, -1, TILE, side, TILE).sum((2, 4)))
+    counts = torch.cat(counts, dim=1)[:, None]  # (B, 1, side, side)
+
+    # In tiles that are seen whole FlexAttention masks nothing, in those seen in part it asks `sees`.
+    whole = counts == TILE * TILE
+    tiles = []
+    for kind in ((counts > 0) & ~whole, whole):
+        tiles += [kind.sum(-1), kind.int().argsort(dim=-1, descending=True, stable=True)]
+    tiles = [x.int() for x in tiles]  # number and indices of the one kind, and of the other
+    return BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(T, T))
 
 
 def attention(q, k, v, mask):
@@ -2745,6 +2772,10 @@ def pick_device(name):
 
         # Triton, streams and graphs go to the current device, wherever their tensors are
         torch.cuda.set_device(device)
+
+        # cuDNN's attention plans anew for every shape it meets, and here nearly all of them differ:
+        # a step of stage 0 took 0.38 s with it on an H200, and takes 0.10 s without
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if "LOCAL_RANK" in os.environ:
         if device.type == "cpu":
             torch.set_num_threads(max(1, os.cpu_count() // beside))
