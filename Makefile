@@ -146,7 +146,8 @@ words: $(if $(filter $(WEIGHTS),$(INIT)),$(WEIGHTS)/$(DONE))
 $(OUT)/compared/eval.json $(OUT)/timed/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 $(OUT)/compared/eval.json:
 	$(RUN) eval.py $(OUT)/stage0 $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3_seq $(OUT)/stage3 --out $(@D) $(EVAL) --timed 0
-$(OUT)/timed/eval.json:
+# not beside it: the clock runs
+$(OUT)/timed/eval.json: | $(OUT)/compared/eval.json
 	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3=format $(OUT)/stage3 --out $(@D) $(EVAL) --n 12 --greedy 1 --timed 10
 
 # ---- the studies behind docs/results.md ----
@@ -229,7 +230,7 @@ $(E)/votes/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage3_seq $(OUT)/stage3 --k 8 --n 501 --greedy 1 --timed 0 --out $(@D)
 
 # a reward for short critical paths
-WEIGHTS_OF_PATH := 0.25 0.5 1 2
+WEIGHTS_OF_PATH := 0.5 1 2 4
 $(OUT)/path-%/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --path-weight $* $(STAGE3)
 

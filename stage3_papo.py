@@ -181,7 +181,7 @@ ARGUMENTS = (
     ("--question-column",  str,            "",           "column of --data with the question, found by its name when not given"),
     ("--answer-column",    str,            "",           "column of --data with the answer, found by its name when not given"),
     ("--prompt-file",      str,            "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
-    ("--steps",            positive_int,   48,           "rollout batches, one update each"),
+    ("--steps",            positive_int,   96,           "rollout batches, one update each"),
     ("--prompts",          positive_int,   24,           "questions per step"),
     ("--group-size",       group_int,      12,           "responses per question, G"),
     ("--lr",               positive_float, 1e-4,         "peak AdamW learning rate, falling to zero over the last quarter"),
