@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the six files lie one folder up
 
 from eval import majority, mean_and_ci, pass_at  # noqa: E402
-from stage0_model import KINDS, read_jsonl, read_object, run_main, write_text  # noqa: E402
+from stage0_model import KINDS, WORD_KINDS, read_jsonl, read_object, run_main, write_text  # noqa: E402
 
 # ==================================================================================================
 # 1. Judged responses
@@ -350,6 +350,29 @@ def weight_of(name):
     return float(name.removeprefix("path-")) if name.startswith("path-") else 0.0
 
 
+def words_table(out):
+    """The stages of a real model in English, sampled at temperature 1."""
+    runs = judged(out / "words/compared")
+    rows = []
+    before = None
+    for name, label in STAGES.items():
+        if name not in runs:
+            continue
+        flat = [row for each in runs[name].values() for row in each]
+        row = {"checkpoint": label, "problems": len(flat)}
+        for kind in (None, *WORD_KINDS):
+            row[f"{kind or 'right'} %"] = percent(values(runs[name], kind=kind))
+        row["minus row above"] = difference(values(runs[name]), values(before)) if before else "-"
+        row["valid %"] = percent(values(runs[name], of=lambda row: row["valid"]))
+        several = np.mean([row["branches"] >= 2 for row in flat if (row["parts"] or 2) >= 2])
+        row["parallel %"] = f"{100 * several:.1f}" if name[1] == "parallel" else "-"
+        tokens, path = (np.mean([row[key] for row in flat]) for key in ("tokens", "critical_path"))
+        row |= {"tokens": f"{tokens:.0f}", "critical path": f"{path:.0f}", "tokens/path": f"{tokens / path:.2f}"}
+        rows.append(row)
+        before = runs[name]
+    return markdown(rows)
+
+
 # ==================================================================================================
 # 3. The page
 # ==================================================================================================
@@ -367,6 +390,7 @@ PAGES = {
         "starts": (starts_table, "evidence/starts/eval.json"),
         "votes": (equal_cost_table, "evidence/votes/eval.json"),
         "path": (path_table, "evidence/path/eval.json"),
+        "words": (words_table, "words/compared/heldout"),
     },
 }
 
