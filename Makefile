@@ -154,6 +154,7 @@ $(OUT)/timed/eval.json: | $(OUT)/compared/eval.json
 
 # OMP_NUM_THREADS=1 make -j2 seeds runs both at once, on one core each
 SEEDS := 1 2 3 4
+SEEDS_BEST := $(SEEDS:%=$(OUT)/seed%/best/eval.json)
 seeds: $(OUT)/eval.json $(SEEDS:%=$(OUT)/seed%/eval.json)
 
 $(SEEDS:%=$(OUT)/seed%/eval.json): $(OUT)/seed%/eval.json: $(OUT)/stage0/$(DONE)
@@ -190,7 +191,7 @@ $(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
 # ---- evidence: every run and judgement behind docs/results.md, each resumable ----
 
 E := $(OUT)/evidence
-evidence: seeds $(E)/best/eval.json $(E)/hard/eval.json $(E)/controls/eval.json $(E)/starts/eval.json \
+evidence: seeds $(E)/best/eval.json $(SEEDS_BEST) $(E)/hard/eval.json $(E)/controls/eval.json $(E)/starts/eval.json \
   $(E)/votes/eval.json $(E)/path/eval.json ladder
 	$(PY) docs/evidence.py $(OUT)
 
@@ -202,6 +203,9 @@ $(E)/temperature/%/eval.json: $(OUT)/stage3/$(DONE)
 $(E)/best/eval.json: $(TEMPERATURES:%=$(E)/temperature/%/eval.json)
 	for stage in stage0=plain stage2; do \
 	  $(RUN) eval.py $(OUT)/$$stage --temperature $$($(PY) docs/evidence.py $(OUT) --best $${stage%=*}) --greedy 1 --timed 0 --out $(@D) || exit; done
+
+$(SEEDS_BEST): $(OUT)/seed%/best/eval.json: $(OUT)/seed%/eval.json $(E)/best/eval.json
+	$(RUN) eval.py $(OUT)/seed$*/stage2 --temperature $$($(PY) docs/evidence.py $(OUT) --best stage2) --greedy 1 --timed 0 --out $(@D)
 
 # the same rollouts and updates with rewards that say nothing of answers; as many samples, imitated
 $(OUT)/random/$(DONE) $(OUT)/format/$(DONE): $(OUT)/%/$(DONE): $(OUT)/stage2/$(DONE)

@@ -190,14 +190,18 @@ def temperatures_table(out):
         rows.append(row)
     text = markdown(rows)
 
-    # The best of each by those problems, on held-out ones.
+    # The best of each by those problems, on held-out ones, seeds 0, 1 ..: the base has but one.
     sampled, _ = seeds_of(out)
-    for name, there in judged(out / "evidence/best").items():
-        if name not in found:
-            continue  # the base asked for the format has no sweep
-        against = difference(values(sampled[0][NPR]), values(there))
+    folders = [out / "evidence/best", *sorted(out.glob("seed*/best"))]
+    runs = [judged(folder) for folder in folders]
+    for name in (BASE, BETA):
+        theirs = [run[name] for run in runs if name in run]
+        if not theirs:
+            continue
+        ours = [run[NPR] for run in sampled][: None if name == BASE else len(theirs)]
+        against = difference(over_seeds(ours), over_seeds(theirs))
         text += f"\n\nHeld out, NPR at temperature 1 minus {STAGES[name]} at its best, "
-        text += f"{best_temperature(found, name):g}: {against} points (seed 0)."
+        text += f"{best_temperature(found, name):g}: {against} points ({len(ours)} seeds)."
     return text
 
 
@@ -367,7 +371,11 @@ def words_table(out):
         several = np.mean([row["branches"] >= 2 for row in flat if (row["parts"] or 2) >= 2])
         row["parallel %"] = f"{100 * several:.1f}" if name[1] == "parallel" else "-"
         tokens, path = (np.mean([row[key] for row in flat]) for key in ("tokens", "critical_path"))
-        row |= {"tokens": f"{tokens:.0f}", "critical path": f"{path:.0f}", "tokens/path": f"{tokens / path:.2f}"}
+        row |= {
+            "tokens": f"{tokens:.0f}",
+            "critical path": f"{path:.0f}",
+            "tokens/path": f"{tokens / path:.2f}",
+        }
         rows.append(row)
         before = runs[name]
     return markdown(rows)

@@ -86,6 +86,22 @@ def test_the_best_temperature_is_the_one_with_most_right_answers(out):
     assert evidence.best_temperature(evidence.temperatures(out), evidence.BASE) == 0.6
 
 
+def test_npr_meets_each_seed_of_beta_at_its_best_temperature_and_the_one_base(out):
+    for temperature in ("0.6", "1.0"):
+        rows = [row("p", temperature == "0.6"), row("q", False)]
+        for name, mode in (("stage0", "plain"), ("stage2", "parallel"), ("stage3", "parallel")):
+            keep(out / f"evidence/temperature/{temperature}", f"out/{name}", mode, rows, "tune")
+    for folder, rights in (("evidence/best", (1, 0)), ("seed1/best", (0, 0))):
+        rows = [row("p", bool(rights[0])), row("q", bool(rights[1]))]
+        keep(out / folder, "out/stage2", "parallel", rows)
+    keep(out / "evidence/best", "out/stage0", "plain", [row("p", False), row("q", False)])
+    text = evidence.temperatures_table(out)
+
+    # NPR has p and q, then p alone; BETA p, then nothing; the base nothing: +0.5 and 0.5, +1 and 0.5
+    assert "NPR-BETA at its best, 0.6: +50.0 ±0.0 points (2 seeds)" in text
+    assert "base, asked plainly at its best, 0.6: +75.0 ±" in text and text.count("(2 seeds)") == 2
+
+
 def test_only_what_stands_between_the_marks_is_written(monkeypatch, out, capsys):
     page = out / "results.md"
     page.write_text(
