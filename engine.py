@@ -39,7 +39,6 @@ from argparse import ArgumentTypeError
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -324,16 +323,20 @@ def token_logprobs(model, ids, layout=None):
 #     position   12  13  14  15  13  14  15 | 16  16 | 17  17 | 18  19
 
 
-class Token(NamedTuple):
-    """One token of a request: what it is, where the layout puts it, and how it came about."""
-
-    id: int
-    block: int
-    branch: int
-    position: int
-    logprob: float = 0.0  # at temperature 1, before truncation and penalty; 0.0 for forced tokens
-    forced: bool = False  # not sampled: of the prompt, or written by the engine
-    step: int = 0  # in which it was sampled or forced: 1 is its request's first, 0 the prompt's
+# One token of a request: what it is, where the layout puts it (the model reads these four), and how
+# it came about.
+TOKEN = np.dtype(
+    [
+        ("id", np.int32),
+        ("block", np.int32),
+        ("branch", np.int32),
+        ("position", np.int32),
+        ("logprob", np.float64),  # at temperature 1, before truncation and penalty; 0.0 for forced tokens
+        ("step", np.int32),  # in which it was sampled or forced: 1 is its request's first, 0 the prompt's
+        ("forced", bool),  # not sampled: of the prompt, or written by the engine
+    ],
+    align=True,
+)
 
 
 @dataclass
@@ -342,20 +345,31 @@ class Rollout:
 
     ids: list  # response token ids, end-of-turn included
     layout: Layout  # of the response alone: positions count from 0
-    forced: list  # bool, as in Token
-    logprobs: list  # as in Token
+    forced: list  # bool, as in TOKEN
+    logprobs: list  # as in TOKEN
     finish_reason: str  # stop, length or malformed
     critical_path: int  # longest chain of dependent tokens
     num_forks: int  # blocks that the engine really forked
     max_branches: int = 0  # widest of them
     error: str = ""  # what was malformed
-    steps: list = field(default_factory=list)  # as in Token
+    steps: list = field(default_factory=list)  # as in TOKEN
+
+
+def ragged(counts):
+    """Row and column of every item of a ragged list: [2 1] -> [0 0 1], [0 1 0]."""
+    return np.nonzero(np.arange(counts.max(initial=0)) < counts[:, None])
 
 
 @dataclass
-class Rules:
-    """What one call of `Engine.generate` allows its requests."""
+class Book:
+    """One call of `Engine.generate`: what its requests may do, and all that they write.
 
+    Request i has row i of every array.  Most of a step is the same for every tip: for 256 requests
+    a few array operations take a ninth of the time of loops over requests and tokens, which took
+    longer than a GPU's part of the step.
+    """
+
+    requests: list  # of Request
     tokenizer: object
     tag_ids: dict  # {tag: token id}; empty in sequential mode, where tags mean nothing
     end_ids: set  # tokens that end a turn
@@ -364,90 +378,134 @@ class Rules:
 
     def __post_init__(self):
         self.tag_of = {i: tag for tag, i in self.tag_ids.items()}
-        self.special = self.end_ids | self.tag_of.keys()  # all that is not plain text
+        # True for ids that are not plain text; the last entry stands for all ids from there on.
+        special = [*self.end_ids, *self.tag_of]
+        self.special = np.isin(np.arange(max(special, default=0) + 2), special)
+
+        # In order of arrival, the prompt first: tokens, and for each one that may come a random
+        # number.  Zeros take no memory before something is written there.
+        n = len(self.requests)
+        longest = max((len(r.prompt) for r in self.requests), default=0) + self.max_new_tokens
+        self.tokens = np.zeros((n, longest), dtype=TOKEN)
+        self.uniforms = np.zeros((n, longest), dtype=np.float32)
+
+        # The tips: indices of tokens whose successor is sampled next, the first num_tips of a row.
+        # And of each request: tokens so far; engine steps in which it received some (waiting for a
+        # row of the KV memory does not count).
+        self.tips = np.zeros((n, min(self.max_branches, self.max_new_tokens)), dtype=np.int64)
+        self.num_tips, self.length, self.steps = np.zeros((3, n), dtype=np.int64)
+
+        # Its row of the KV memory: tokens that were in it when the step began, and slots left free
+        # before the first.  All samples of a prompt are a group, which has the first one's number.
+        self.fed, self.margin, self.group = np.zeros((3, n), dtype=np.int64)
+        # Every request begins with its prompt, and draws its random numbers up front.
+        first = {}
+        for i, request in enumerate(self.requests):
+            request.book = self
+            request.tips = [request.force(request.prompt, 0, 0, 0)]
+            response = self.uniforms[i, len(request.prompt) :][: self.max_new_tokens]
+            request.stream.random(out=response, dtype=np.float32)
+            self.group[i] = first.setdefault(request.prompt, i)
+        self.limit = self.length + self.max_new_tokens  # (n,) most tokens that a request may have
+
+    def receive(self, chosen, ids, logprobs):
+        """Append one token after each tip of the chosen requests: ids and logprobs (M,), in order.
+
+        Returns (request, index) of every new token that is not plain text.
+        """
+        of, k = ragged(self.num_tips[chosen])  # (M,) each
+        request = chosen[of]
+        self.fed[chosen] = self.length[chosen]
+        self.steps[chosen] += 1
+
+        # A successor is a token like its tip, one position further on, and the tip from now on.
+        new = self.tokens[request, self.tips[request, k]]  # (M,)
+        new["id"] = ids
+        new["position"] += 1
+        new["logprob"] = logprobs
+        new["forced"] = False
+        new["step"] = self.steps[request]
+
+        # It stands behind all that its request has so far, siblings one after another.
+        index = self.length[request] + k
+        self.tokens[request, index] = new
+        self.tips[request, k] = index
+        self.length[chosen] += self.num_tips[chosen]
+        special = self.special.take(new["id"], mode="clip")
+        return zip(request[special].tolist(), index[special].tolist())
 
 
 @dataclass
 class Request:
     """A response in the making."""
 
-    index: int  # its place in the call
+    index: int  # its place in the call, and its row of the book
     prompt: tuple  # token ids
-    rules: Rules
-    uniforms: np.ndarray  # a random number for each token it may generate: its own stream, drawn up front
-    group: int = 0  # all samples of one prompt are a group
-    tokens: list = field(default_factory=list)  # of Token, in order of arrival, the prompt first
-    tips: list = field(default_factory=list)  # indices of tokens whose successor is sampled next
-    row: int = -1  # of the KV memory, while running
-    margin: int = 0  # slots of the row left free before its first token
-    fed: int = 0  # tokens whose keys and values are in the row
-    step: int = 0  # engine steps in which it received tokens; waiting for a row does not count
+    stream: np.random.Generator  # its own random numbers
+    book: Book | None = None  # where it writes
     state: str = "text"  # of the trunk, in GRAMMAR
-    guideline: int = 0  # index of the last <guideline>
     widths: list = field(default_factory=list)  # branches of each fork
     finish_reason: str = ""
     error: str = ""
 
-    def __post_init__(self):
-        self.tokens = [Token(id, 0, 0, i, forced=True) for i, id in enumerate(self.prompt)]
-        self.tips = [len(self.tokens) - 1]
+    @property
+    def tokens(self):
+        """In order of arrival, the prompt first: (T,) of TOKEN."""
+        return self.book.tokens[self.index, : self.book.length[self.index]]
+
+    @property
+    def tips(self):
+        """Indices of the tokens whose successor is sampled next."""
+        return self.book.tips[self.index, : self.book.num_tips[self.index]].tolist()
+
+    @tips.setter
+    def tips(self, tips):
+        self.book.num_tips[self.index] = len(tips)
+        self.book.tips[self.index, : len(tips)] = tips
 
     @property
     def used(self):
         """Tokens of the response so far."""
         return len(self.tokens) - len(self.prompt)
 
-    def receive(self, drawn):
-        """Append one token after each tip; then go on, fork, join, or finish.
+    def force(self, ids, block, branch, position):
+        """Append tokens that are not sampled, from this position on; index of the last."""
+        length = len(self.tokens)
+        step = self.book.steps[self.index]
+        new = [(id, block, branch, at, 0.0, step, True) for at, id in enumerate(ids, position)]
+        self.book.tokens[self.index, length : length + len(new)] = new
+        self.book.length[self.index] += len(new)
+        return length + len(new) - 1
 
-        drawn: iterator of (token id, log-probability), of which one for each tip is taken.
-        """
-        tips = self.tips
-        self.tips = []
-        self.step += 1
-        for tip, (id, logprob) in zip(tips, drawn):
-            block, branch, position = self.tokens[tip][1:4]
-            self.tokens.append(Token(id, block, branch, position + 1, logprob, step=self.step))
-            if id not in self.rules.special:
-                self.tips.append(len(self.tokens) - 1)
-            elif block:
-                self.continue_branch(id, branch)
-            else:
-                self.continue_trunk(id)
-
-        # No tip left means that every branch has closed.
-        if not self.finish_reason and not self.tips:
-            self.join()
-        if not self.finish_reason and self.used + len(self.tips) > self.rules.max_new_tokens:
-            self.finish_reason = "length"
-
-    def malformed(self, error):
-        self.finish_reason = "malformed"
+    def finish(self, reason, error=""):
+        # what has no tip is taken out of its row at the end of the step
+        self.finish_reason = reason
         self.error = error
+        self.tips = []
 
-    def continue_branch(self, id, branch):
-        """A step ends with </step>; any other tag in it, or the end of the turn, is malformed."""
-        tag = self.rules.tag_of.get(id, "end of turn")
-        if tag != "</step>":
-            self.malformed(f"{tag} inside step {branch}")
-            self.tips.append(len(self.tokens) - 1)
+    def read(self, index):
+        """Go on after a new token that is a tag or the end of the turn: fork, join, or finish."""
+        id, block, branch, *_ = self.book.tokens[self.index, index].item()
+        tag = self.book.tag_of.get(id, "end of turn")
 
-    def continue_trunk(self, id):
-        """The trunk goes from state to state of the grammar, and forks where a guideline closes."""
-        tag = self.rules.tag_of.get(id)
-        if id in self.rules.end_ids:
-            self.finish_reason = "stop"
+        # A step ends with </step>; any other tag in it, or the end of the turn, is malformed.  No
+        # tip left means that every branch has closed.
+        if block and tag != "</step>":
+            self.finish("malformed", f"{tag} inside step {branch}")
+        elif block:
+            self.tips = [tip for tip in self.tips if tip != index]
+            if not (self.tips or self.finish_reason):
+                self.join()
+
+        # The trunk goes from state to state of the grammar, and forks where a guideline closes.
+        elif id in self.book.end_ids:
+            self.finish("stop")
         elif (self.state, tag) not in GRAMMAR:
-            self.malformed(f"{tag} in state {self.state}")
+            self.finish("malformed", f"{tag} in state {self.state}")
         else:
             self.state = GRAMMAR[self.state, tag]
-            # Where a guideline begins, for `read_plans`; where it ends, the trunk's tip gives way.
-            if tag == "<guideline>":
-                self.guideline = len(self.tokens) - 1
             if tag == "</guideline>":
                 self.fork()
-            else:
-                self.tips.append(len(self.tokens) - 1)
 
     def fork(self):
         """Validate the guideline that just closed, then open one branch per plan.
@@ -461,27 +519,26 @@ class Request:
         # steps open with the white space that it has just written itself.  That space belongs to
         # the branch, as in `layout`.
         openings = [
-            self.rules.tokenizer.encode(f"{space}<step>{space}{i}:", add_special_tokens=False)
+            self.book.tokenizer.encode(f"{space}<step>{space}{i}:", add_special_tokens=False)
             for i in range(1, num_plans + 1)
         ]
 
         # The paper's pre-branch validator: a guideline that is not in order never forks.
-        room = self.rules.max_new_tokens - self.used
-        if not problem and not 1 <= num_plans <= self.rules.max_branches:
-            problem = f"{num_plans} plans, allowed are 1 to {self.rules.max_branches}"
+        room = self.book.max_new_tokens - self.used
+        if not problem and not 1 <= num_plans <= self.book.max_branches:
+            problem = f"{num_plans} plans, allowed are 1 to {self.book.max_branches}"
         if not problem and sum(map(len, openings)) + num_plans > room:
             problem = f"budget of {room} tokens left for {num_plans} branches"
         if problem:
-            self.malformed(problem)
+            self.finish("malformed", problem)
             return
 
-        # Every branch begins at the same position, right after </guideline>.
+        # Every branch begins at the same position, right after </guideline>, whose tip gives way.
         self.widths.append(num_plans)
-        first = self.tokens[-1].position + 1
-        for branch, opening in enumerate(openings, 1):
-            for position, id in enumerate(opening, first):
-                self.tokens.append(Token(id, len(self.widths), branch, position, forced=True, step=self.step))
-            self.tips.append(len(self.tokens) - 1)
+        first = self.tokens["position"][-1] + 1
+        self.tips = [
+            self.force(opening, len(self.widths), branch, first) for branch, opening in enumerate(openings, 1)
+        ]
 
     def read_plans(self):
         """(number of plans, white space after the last, problem or '') of the closed guideline.
@@ -492,12 +549,13 @@ class Request:
         # Tags cut the guideline into pieces: outside, plan, outside, plan, .. outside.  By token,
         # as all structure is read: a tag that a plan spells out is mere text.
         pieces = [[]]
-        for token in self.tokens[self.guideline + 1 : -1]:
-            if token.id in self.rules.tag_of:
+        ids = self.tokens["id"][:-1]
+        for id in ids[np.flatnonzero(ids == self.book.tag_ids["<guideline>"])[-1] + 1 :].tolist():
+            if id in self.book.tag_of:
                 pieces.append([])
             else:
-                pieces[-1].append(token.id)
-        texts = [self.rules.tokenizer.decode(piece) for piece in pieces]
+                pieces[-1].append(id)
+        texts = [self.book.tokenizer.decode(piece) for piece in pieces]
         plans = texts[1::2]
         between = texts[0::2]
 
@@ -509,40 +567,36 @@ class Request:
 
     def join(self):
         """All branches have closed: the trunk goes on behind the longest, and sees every one."""
-        if self.used >= self.rules.max_new_tokens:
-            self.finish_reason = "length"
+        if self.used >= self.book.max_new_tokens:
+            self.finish("length")
             return
-        longest = max(token.position for token in self.tokens if token.block == len(self.widths))
-        id = self.rules.tag_ids["<takeaway>"]
-        self.tokens.append(Token(id, 0, 0, longest + 1, forced=True, step=self.step))
+        longest = self.tokens["position"][self.tokens["block"] == len(self.widths)].max()
         self.state = "takeaway"
-        self.tips.append(len(self.tokens) - 1)
+        self.tips = [self.force([self.book.tag_ids["<takeaway>"]], 0, 0, longest + 1)]
 
     def rollout(self):
         """The response so far in sequence order: a block's branches one after another."""
         # Blocks arrive one after another; inside a block the branches interleave, so sort those by
         # branch, stably.  The trunk after a block comes behind all of it.
-        P = len(self.prompt)
-        response = self.tokens[P:]
-        latest = itertools.accumulate((token.block for token in response), max)  # block so far
-        keys = [(block, token.block == 0, token.branch) for block, token in zip(latest, response)]
-        tokens = [response[i] for i in sorted(range(len(keys)), key=keys.__getitem__)]
+        response = self.tokens[len(self.prompt) :]
+        latest = np.maximum.accumulate(response["block"])  # block so far
+        order = np.lexsort([response["branch"], response["block"] == 0, latest])  # the last key counts most
+        tokens = response[order]
 
         # Positions count from the prompt's end, so that a response is the same behind any prompt.
-        integers = np.array([token[1:4] for token in tokens], dtype=np.int32).reshape(-1, 3)
-        block, branch, position = integers.T - np.array([[0], [0], [P]], dtype=np.int32)
+        position = tokens["position"] - len(self.prompt)
         return Rollout(
-            ids=[token.id for token in tokens],
-            layout=Layout(block, branch, position),
-            forced=[token.forced for token in tokens],
-            logprobs=[token.logprob for token in tokens],
+            ids=tokens["id"].tolist(),
+            layout=Layout(tokens["block"].copy(), tokens["branch"].copy(), position),
+            forced=tokens["forced"].tolist(),
+            logprobs=tokens["logprob"].tolist(),
             finish_reason=self.finish_reason,
             # positions are what parallel branches share: the last one counts the dependent tokens
             critical_path=int(position.max(initial=-1)) + 1,
             num_forks=len(self.widths),
             max_branches=max(self.widths, default=0),
             error=self.error,
-            steps=[token.step for token in tokens],
+            steps=tokens["step"].tolist(),
         )
 
 
@@ -608,13 +662,13 @@ class Engine:
         eos = config.eos_token_id
         self.end_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
         self.stats = Stats()
-        self.active = []  # running requests; the one in row r of the KV memory is active[r]
+        self.active = np.zeros(0, dtype=np.int64)  # (R,) indices of those in rows 0 .. R - 1 of the KV memory
         self.waiting = deque()
 
     @property
     def kv_tokens_in_use(self):
         """Slots that hold a token; 0 between calls of `generate`."""
-        return sum(r.fed for r in self.active)
+        return int(self.book.fed[self.active].sum()) if len(self.active) else 0
 
     @torch.no_grad()
     def generate(
@@ -663,16 +717,9 @@ class Engine:
             except ArgumentTypeError as error:
                 raise UserError(f"{name} is {error}")
 
-        # what the requests may do, and how their tokens are drawn
-        rules = Rules(
-            tokenizer=self.tokenizer,
-            tag_ids=tag_token_ids(self.tokenizer) if parallel else {},
-            end_ids=self.end_ids,
-            max_new_tokens=max_new_tokens,
-            max_branches=max_branches,
-        )
         self.sampling = temperature, top_p, top_k
         self.penalty = step_repetition_penalty
+        tag_ids = tag_token_ids(self.tokenizer) if parallel else {}
         kv_tokens = self.runner.kv_tokens
 
         # A request's random numbers are seeded by its prompt and its number among that prompt's
@@ -692,11 +739,10 @@ class Engine:
             digest = hashlib.sha256(np.asarray(prompt, dtype=np.int64).tobytes()).digest()
             first = n * (seen[digest] if copy is None else copy)
             seen[digest] += 1
-            group = list(seen).index(digest)
             for number in range(first, first + n):
                 stream = np.random.default_rng([seed, int.from_bytes(digest[:8], "little"), number])
-                uniforms = stream.random(max_new_tokens, dtype=np.float32)
-                requests.append(Request(len(requests), tuple(prompt), rules, uniforms, group))
+                requests.append(Request(len(requests), tuple(prompt), stream))
+        book = self.book = Book(requests, self.tokenizer, tag_ids, self.end_ids, max_new_tokens, max_branches)
 
         # Where every row can have its worst case, nothing will ever be preempted.  Else rows begin
         # short.
@@ -711,8 +757,7 @@ class Engine:
         shared = 0
         if self.runner.can_share and num_rows and len(seen) < len(requests) and min(lengths) > 1:
             shared = max(lengths) - 1
-            for request in requests:
-                request.margin = max(lengths) - len(request.prompt)
+            book.margin = max(lengths) - book.length
         self.runner.cut(num_rows, longest, shared)
 
         # Step until nobody waits and nobody runs; whatever happens, every slot is free again.
@@ -720,10 +765,10 @@ class Engine:
         bar = tqdm(total=len(requests), desc="rollout", unit="seq", leave=False, **quiet)
         try:
             self.waiting = deque(requests)
-            while self.waiting or self.active:
+            while self.waiting or len(self.active):
                 bar.update(self.step())
         finally:
-            self.active = []
+            self.active = self.active[:0]
             self.waiting = deque()
             bar.close()
 
@@ -739,140 +784,138 @@ class Engine:
         """One decode step of all that run: schedule, run, postprocess.  Returns how many ended."""
         admitted = self.schedule()
         logits = self.run(admitted)  # (M, V), of the tips of all active requests
-        self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, self.kv_tokens_in_use)
-        drawn = zip(*self.sample(logits))
+        book = self.book
+        # all their tokens are fed now
+        self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, int(book.length[self.active].sum()))
 
-        # postprocess: every request takes the tokens of its tips, then the rows of those that
-        # finished are cleared
-        for request in self.active:
-            request.receive(drawn)
-        finished = [request for request in self.active if request.finish_reason]
-        for request in reversed(finished):
-            self.vacate(request)
+        # postprocess: every tip gets its token; where that is not plain text, its request reads it
+        for i, index in book.receive(self.active, *self.sample(logits)):
+            book.requests[i].read(index)
+
+        # who has no budget for another step ends; then the rows of all who ended are cleared
+        for i in self.active[(book.length + book.num_tips > book.limit)[self.active]]:
+            book.requests[i].finish("length")
+        finished = np.flatnonzero(book.num_tips[self.active] == 0)
+        for row in finished[::-1]:
+            self.vacate(row)
         return len(finished)
 
-    def vacate(self, request):
-        """Take a request out of its row; the last row fills the gap, so that rows stay adjacent."""
-        last = self.active.pop()
-        if last is not request:
+    def vacate(self, row):
+        """Take the request out of a row; the last row fills the gap, so that rows stay adjacent."""
+        last = len(self.active) - 1
+        if row < last:
+            i = self.active[row] = self.active[last]
             capacity = self.runner.capacity
-            self.active[request.row] = last
-            self.runner.move(last.row * capacity, request.row * capacity, last.margin + last.fed)
-            last.row = request.row
+            self.runner.move(last * capacity, row * capacity, self.book.margin[i] + self.book.fed[i])
+        self.active = self.active[:last]
 
     # ---- schedule ----
 
     def schedule(self):
-        """Make room for what running rows will feed, admit waiting requests, and return those."""
+        """Make room for what running rows will feed, admit requests that wait; their rows."""
         runner = self.runner
+        book = self.book
         budget = runner.kv_tokens
 
         # A row that is too short: cut the memory anew into longer and fewer ones.  The youngest
         # requests that no longer have a row wait; on their return all their tokens are prefilled at
         # once.
-        need = max((len(r.tokens) for r in self.active), default=0)
+        need = int(book.length[self.active].max(initial=0))
         if need > runner.capacity:
             capacity = min(budget, max(need, runner.capacity * 3 // 2) + 31)
             rows = min(self.max_rows, budget // capacity)
             while len(self.active) > rows:
-                youngest = max(self.active, key=lambda r: r.index)
-                self.vacate(youngest)
-                youngest.fed = 0
-                self.waiting.appendleft(youngest)
+                youngest = self.active.max()
+                self.vacate(self.active.argmax())
+                book.fed[youngest] = 0
+                self.waiting.appendleft(book.requests[youngest])
                 self.stats.preemptions += 1
-            runner.recut(rows, capacity, [r.fed for r in self.active])
+            runner.recut(rows, capacity, book.fed[self.active].tolist())
             return []  # no admission in a step that was short of room
 
         # Admit in order of arrival while there is a row that is long enough.
         admitted = []
         while self.waiting:
-            need = len(self.waiting[0].tokens)
-            room = min(32, self.waiting[0].rules.max_new_tokens)  # to begin with
-            if not self.active and need + room > runner.capacity:
+            need = int(book.length[self.waiting[0].index])
+            # with room for 32 more to begin with
+            if not len(self.active) and need + min(32, book.max_new_tokens) > runner.capacity:
                 capacity = min(budget, need + max(32, need // 2))
                 runner.cut(min(self.max_rows, budget // capacity), capacity)
             if len(self.active) == runner.rows or need > runner.capacity:
                 break
-            request = self.waiting.popleft()
-            request.row = len(self.active)
-            self.active.append(request)
-            admitted.append(request)
+            admitted.append(len(self.active))
+            self.active = np.append(self.active, self.waiting.popleft().index)
         return admitted
 
     # ---- run ----
 
     def run(self, admitted):
-        """Feed all tokens that are in no KV row yet; logits (M, V) of all tips, as in `active`."""
+        """Feed all tokens that are in no KV row yet; logits (M, V) of all tips, row after row."""
+        book = self.book
         if not admitted:  # the usual step: every request is running
-            return self.decode(self.active)
+            self.stats.decode_steps += 1
+            return self.runner.decode(book, self.active, np.arange(len(self.active)))
 
         # One prefill serves all samples of a prompt: the first computes it, the others copy its
         # slots.
-        holders = {r.prompt: r for r in self.active if r.fed}
+        length = book.length[self.active]  # (R,)
+        holders = {book.requests[i].prompt: row for row, i in enumerate(self.active) if book.fed[i]}
         leaders = []
         followers = []
-        for request in admitted:
+        for row in admitted:
+            request = book.requests[self.active[row]]
             if request.prompt in holders and request.used == 0:
-                followers.append((request, holders[request.prompt]))
+                followers.append((row, holders[request.prompt]))
             else:
-                leaders.append(request)
-                holders[request.prompt] = request
+                leaders.append(row)
+                holders[request.prompt] = row
 
         # Prefill in batches of similar lengths, some 8,192 tokens at a time.
         logits = {}  # of the tips, by row
-        leaders.sort(key=lambda r: len(r.tokens))
+        leaders.sort(key=length.__getitem__)
         while leaders:
-            size = max(1, 8192 // len(leaders[-1].tokens))
-            batch = leaders[-size:]
+            size = max(1, 8192 // int(length[leaders[-1]]))
+            rows = np.array(leaders[-size:])
             del leaders[-size:]
-            for request, part in zip(batch, self.runner.prefill(batch)):
-                logits[request.row] = part
-                request.fed = len(request.tokens)
-                self.stats.prefill_tokens += request.fed
+            logits |= zip(rows.tolist(), self.runner.prefill(book, self.active[rows], rows))
+            self.stats.prefill_tokens += int(length[rows].sum())
 
         # The copy leaves out the last prompt token, which has to be fed for its logits.
         capacity = self.runner.capacity
-        for request, holder in followers:
-            request.fed = len(request.prompt) - 1
-            self.runner.move(holder.row * capacity, request.row * capacity, request.margin + request.fed)
-            self.stats.shared_prompt_tokens += request.fed
+        for row, holder in followers:
+            i = self.active[row]
+            book.fed[i] = len(book.requests[i].prompt) - 1
+            self.runner.move(holder * capacity, row * capacity, book.margin[i] + book.fed[i])
+            self.stats.shared_prompt_tokens += int(book.fed[i])
 
         # Everyone else decodes as in any other step.
-        running = [r for r in self.active if len(r.tokens) > r.fed]
-        if running:
-            parts = self.decode(running).split([len(r.tips) for r in running])
-            logits |= {r.row: part for r, part in zip(running, parts)}
-        return torch.cat([logits[r.row] for r in self.active])
-
-    def decode(self, requests):
-        """Feed the new tokens of these requests; logits (M, V) of their tips."""
-        logits = self.runner.decode(requests)
-        for request in requests:
-            request.fed = len(request.tokens)
-        self.stats.decode_steps += 1
-        return logits
+        rows = np.array([row for row in range(len(length)) if row not in logits])
+        if len(rows):
+            self.stats.decode_steps += 1
+            decoded = self.runner.decode(book, self.active[rows], rows)
+            logits |= zip(rows.tolist(), decoded.split(book.num_tips[self.active[rows]].tolist()))
+        return torch.cat([logits[row] for row in range(len(length))])
 
     # ---- sample ----
 
     def sample(self, logits):
-        """One token for each tip: logits (M, V) -> (token ids, log-probabilities), lists of M."""
-        temperature = self.sampling[0]
-        u = np.zeros(len(logits))
-        if temperature > 0:
-            u = np.concatenate([r.uniforms[r.used : r.used + len(r.tips)] for r in self.active])
+        """One token for each tip: logits (M, V) -> (token ids, log-probabilities), (M,) each."""
+        of, k = ragged(self.book.num_tips[self.active])  # (M,) each
+        request = self.active[of]
+        u = self.book.uniforms[request, self.book.length[request] + k]
         shaped = self.penalise(logits) if self.penalty != 1.0 else None
         drawn = self.runner.draw(logits, torch.from_numpy(u), shaped, *self.sampling)
-        tokens, logprobs = drawn.tolist()  # the one time that the host waits for the GPU
-        return list(map(int, tokens)), logprobs
+        ids, logprobs = drawn.cpu().numpy()  # the one time that the host waits for the GPU
+        return ids.astype(np.int64), logprobs
 
     def penalise(self, logits):
         """Logits (M, V) after the repetition penalty: in a step, on tokens its branch holds."""
         logits = logits.float().clone()
-        tips = [(r, r.tokens[tip]) for r in self.active for tip in r.tips]
-        for m, (request, tip) in enumerate(tips):
-            if tip.block:
-                mine = {t.id for t in request.tokens if (t.block, t.branch) == (tip.block, tip.branch)}
-                mine = torch.tensor(sorted(mine), device=logits.device)
+        active = map(self.book.requests.__getitem__, self.active)
+        for m, (tokens, tip) in enumerate((r.tokens, tip) for r in active for tip in r.tips):
+            place = tokens[["block", "branch"]]  # (T,)
+            if place["block"][tip]:
+                mine = torch.tensor(np.unique(tokens["id"][place == place[tip]]), device=logits.device)
                 x = logits[m, mine]
                 logits[m, mine] = torch.where(x > 0, x / self.penalty, x * self.penalty)
         return logits
@@ -925,13 +968,6 @@ def draw(logits, u, shaped, temperature, top_p, top_k):
 
 # What scaled_dot_product_attention calls on a CPU; it returns the log-sum-exp of the scores, too.
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-def ragged(counts):
-    """Row and column of every item of a ragged list: [2 1] -> [0 0 1], [0 1 0]."""
-    row = np.repeat(np.arange(len(counts)), counts)
-    first = np.cumsum(counts) - counts
-    return row, np.arange(len(row)) - first[row]
 
 
 class ModelRunner:
@@ -991,7 +1027,7 @@ class ModelRunner:
         """Copy n slots, to share a prompt, close a gap, or cut anew; the spans may overlap."""
         for store in (self.pool, self.block[None], self.branch[None]):
             store[:, target : target + n] = store[:, source : source + n].clone()
-        self.moved_bytes += n * self.pool[:, 0].nbytes
+        self.moved_bytes += int(n) * self.pool[:, 0].nbytes
 
     def attend(self, layer, q, k, v):
         """Every layer's call: store k, v (B, T, H_kv, D), attend with q (B, T, H, D) -> q's shape.
@@ -1006,24 +1042,24 @@ class ModelRunner:
         self.pool[layer].index_copy_(0, self.index, new)
         return self.look(layer, q)
 
-    def prefill(self, requests):
-        """Feed whole requests into empty rows, as one batch; logits (M, V) of each one's tips."""
+    def prefill(self, book, chosen, rows):
+        """Feed whole requests into empty rows, as one batch; logits (M, V) of each one's tips.
+
+        book, chosen (B,): whose requests, and which; rows (B,): where to.
+        """
         device = self.model.device
-        length = max(len(r.tokens) for r in requests)
+        length = int(book.length[chosen].max())
+        tokens = book.tokens[chosen, :length]  # (B, T)
         # With branches FlexAttention is compiled for every length, so let the lengths be few.
-        if uses_flex(device) and any(r.widths for r in requests):
-            length = bucket(length)
-        integers = [
-            pad_rows([[token[i] for token in r.tokens] for r in requests], 0, length) for i in range(4)
-        ]
-        ids, block, branch, position = torch.stack(integers).to(device)  # (B, T) each
+        idle = bucket(length) - length if uses_flex(device) and tokens["block"].any() else 0
+        integers = np.stack([tokens[name] for name in TOKEN.names[:4]]).astype(np.int64)
+        ids, block, branch, position = F.pad(torch.from_numpy(integers), (0, idle)).to(device)  # (B, T) each
 
         # Where they go: one slot after another of each row, the padding left out.
-        start = torch.tensor([r.row * self.capacity + r.margin for r in requests], device=device)
-        lengths = torch.tensor([len(r.tokens) for r in requests], device=device)
-        column = torch.arange(length, device=device)
-        self.real = (column < lengths[:, None]).flatten().nonzero()[:, 0]  # (N,) of the B * T
-        self.index = (start[:, None] + column).flatten()[self.real]  # (N,) slots
+        of, column = ragged(book.length[chosen])  # (N,) each
+        start = rows * self.capacity + book.margin[chosen]  # (B,)
+        self.real = torch.from_numpy(of * ids.shape[1] + column).to(device)  # (N,) of the B * T
+        self.index = torch.from_numpy(start[of] + column).to(device)  # (N,) slots
         self.block[self.index] = block.flatten()[self.real]
         self.branch[self.index] = branch.flatten()[self.real]
         self.mask = visibility(block, branch)
@@ -1031,34 +1067,35 @@ class ModelRunner:
         x = self.model.hidden(ids, Layout(block, branch, position), self)  # (B, T, C)
 
         # Only tips need logits: a long prompt's would be the largest tensor of all.
-        tips = torch.tensor([(b, tip) for b, r in enumerate(requests) for tip in r.tips], device=device)
-        logits = self.model.logits(x[tips[:, 0], tips[:, 1]])  # (M, V)
-        return logits.split([len(r.tips) for r in requests])
+        of, k = ragged(book.num_tips[chosen])
+        tips = book.tips[chosen[of], k]
+        logits = self.model.logits(x[torch.from_numpy(of), torch.from_numpy(tips)])  # (M, V)
+        return logits.split(book.num_tips[chosen].tolist())
 
-    def decode(self, requests):
-        """Feed the new tokens of running requests; logits (M, V) of their tips.
+    def decode(self, book, chosen, rows):
+        """Feed the new tokens of the requests running in these rows; logits (M, V) of their tips.
 
-        Packed for the matrices, by row for the attention.
+        Packed for the matrices, by row for the attention.  chosen, rows (R,).
         """
-        rows = np.array([r.row for r in requests])  # (R,)
-        fed = np.array([r.fed + r.margin for r in requests])  # slots in use before this step
-        length = np.array([len(r.tokens) + r.margin for r in requests])
-        count = length - fed  # new tokens of each row
+        fed = book.fed[chosen]  # (R,)
+        margin = book.margin[chosen]
+        count = book.length[chosen] - fed  # new tokens of each row
         of, col = ragged(count)  # (N,) each
-        first = np.cumsum(count) - count  # index of each row's first token among the N
+        index = fed[of] + col
 
-        # What the device has to know: (7, N) integers, and the indices of the M tips.
-        integers = (token[:4] for r in requests for token in r.tokens[r.fed :])
-        integers = np.fromiter(itertools.chain.from_iterable(integers), dtype=np.int64).reshape(-1, 4)
-        packed = np.concatenate([integers.T, [rows[of], fed[of] + col, col]])
-        tips = [f + tip - r.fed for f, r in zip(first.tolist(), requests) for tip in r.tips]
+        # What the device has to know: (7, N) integers, and where among the N the M tips are.
+        new = book.tokens[chosen[of], index]
+        packed = np.stack([*(new[name] for name in TOKEN.names[:4]), margin[of] + index, rows[of], col])
+        of_tip, k = ragged(book.num_tips[chosen])  # (M,) each
+        tips = (np.cumsum(count) - count - fed)[of_tip] + book.tips[chosen[of_tip], k]
         if self.shared:
-            self.find_prompts(requests, of)
-        return self.feed(packed, tips, rows, length, count)
+            self.find_prompts(book.group[chosen], rows, margin, of)
+        return self.feed(packed, tips, rows, margin + fed + count, count)
 
-    def find_prompts(self, requests, of):
-        """Where a step reads each prompt, for which tokens.  of (N,): whose request's each is."""
-        _, holders, group = np.unique([r.group for r in requests], True, True)
+    def find_prompts(self, group, rows, margin, of):
+        """Where a step reads each prompt, for which tokens.  group, rows, margin (R,): of each
+        request; of (N,): whose each token is."""
+        _, holders, group = np.unique(group, True, True)
         order = np.argsort(group[of], kind="stable")
         self.by_group = torch.from_numpy(order)  # (N,) the tokens of one group after another
         self.by_token = torch.from_numpy(np.argsort(order))  # (N,) the way back
@@ -1066,7 +1103,7 @@ class ModelRunner:
 
         # Keys and values of every prompt in every layer, (1, H_kv, P - 1, D) each: views of the
         # first row that holds it, made anew when that is another one.
-        spans = [(r.row * self.capacity, r.margin) for r in map(requests.__getitem__, holders)]
+        spans = list(zip((rows[holders] * self.capacity).tolist(), margin[holders].tolist()))
         if spans != self.spans:
             self.spans = spans
             held = [self.pool[:, row + margin : row + self.shared] for row, margin in spans]
@@ -1087,14 +1124,14 @@ class ModelRunner:
     def feed(self, packed, tips, rows, length, count):
         """The device's part of `decode`.
 
-        packed (7, N): id, block, branch, position, row, slot in the row, place among the row's new
+        packed (7, N): id, block, branch, position, slot in the row, row, place among the row's new
         tokens; tips: indices of M of them; rows, length, count (R,): rows, their slots in use after
         this step, and their new tokens.
         """
         R = rows[-1] + 1  # KV rows up to the last one fed; those not fed are padded
         Q = count.max()
         S = length.max()
-        ids, block, branch, position, row, slot, col = torch.from_numpy(packed).to(self.model.device)
+        ids, block, branch, position, slot, row, col = torch.from_numpy(packed).to(self.model.device)
         self.real = None
         self.index = row * self.capacity + slot
         self.block[self.index] = block
@@ -1150,7 +1187,7 @@ class ModelRunner:
 
         self.look = look
         x = self.model.hidden(ids[None], Layout(block, branch, position), self)[0]  # (N, C)
-        return self.model.logits(x[torch.tensor(tips, device=x.device)])
+        return self.model.logits(x[torch.from_numpy(tips).to(x.device)])
 
     def draw(self, logits, u, shaped, temperature, top_p, top_k):
         """`draw`, with the random numbers u still on the host."""
@@ -1198,11 +1235,12 @@ class LiveEngine(Engine):
 
     def step(self):
         began = time.perf_counter()
-        request = (self.active or self.waiting)[0]
         done = super().step()
+        [request] = self.book.requests
+        [step] = self.book.steps
         width, height = shutil.get_terminal_size()
         lines = render(self.tokenizer, request.rollout(), width - 1)
-        lines += ["", f"step {request.step}: {request.used} tokens; one after another, {request.step}"]
+        lines += ["", f"step {step}: {request.used} tokens; one after another, {step}"]
 
         # What does not fit into the terminal cannot be drawn over, so the end alone is shown.
         lines = lines[-(height - 2) :]
@@ -1217,7 +1255,7 @@ class Replay(Engine):
 
     def sample(self, logits):
         logprobs = super().sample(logits)[1]
-        return [self.ids[self.active[0].used]], logprobs
+        return [self.ids[self.book.requests[0].used]], logprobs
 
 
 def trace(tokenizer, rollout, prompt, question, by, verdict=""):
@@ -1609,8 +1647,7 @@ class CudaRunner(ModelRunner):
         n = packed.shape[1]
         most = most_query_rows(self.pool.dtype, self.pool.shape[-1])
         M = min(most, max(16, 1 << (int(count.max()) * self.repeat - 1).bit_length()))  # query rows of a tile
-        start = rows * self.capacity
-        cut, of_token = make_splits(start, length, count, M // self.repeat, self.num_splits)
+        cut, of_token = make_splits(rows * self.capacity, length, count, M // self.repeat, self.num_splits)
 
         # Of few sizes where they are captured; a large step is not, and padding would cost it
         # gigabytes.  N: tokens, idle ones included.
@@ -1622,15 +1659,14 @@ class CudaRunner(ModelRunner):
             W = N + self.num_splits
 
         # Idle tokens are stored in the slot that nobody looks at.
-        tokens = np.zeros((9, N), dtype=np.int64)
-        tokens[:4, :n] = packed[:4]  # id, block, branch, position
-        tokens[4, :n] = packed[5]  # slot in the row
+        buffer = torch.zeros(9 * N + 5 * W, dtype=torch.long)
+        tokens = buffer[: 9 * N].view(9, N).numpy()
+        tokens[:5, :n] = packed[:5]  # id, block, branch, position, slot in the row
         tokens[5, : len(tips)] = tips
         tokens[6] = self.kv_tokens
-        tokens[6, :n] = packed[4] * self.capacity + packed[5]  # slot in the pool
+        tokens[6, :n] = packed[5] * self.capacity + packed[4]  # slot in the pool
         tokens[7:, :n] = of_token
-        splits = np.zeros((W, 5), dtype=np.int64)
-        splits[: len(cut)] = cut
+        buffer[9 * N :][: cut.size] = torch.from_numpy(cut).flatten()
 
         def step(buffer):
             tokens = buffer[: 9 * N].view(9, N)
@@ -1650,7 +1686,6 @@ class CudaRunner(ModelRunner):
             x = self.model.hidden(ids[None], Layout(block, branch, position), self)[0]  # (N, C)
             return self.model.logits(x[tips[:num_tips]])  # the first len(tips) of them wanted
 
-        buffer = torch.from_numpy(np.concatenate([tokens.ravel(), splits.ravel()]))
         if N > MAX_CAPTURED:
             return step(buffer.to(self.model.device))
         return self.graphs(("feed", N, M), step, buffer)[: len(tips)]
@@ -1664,8 +1699,7 @@ class CudaRunner(ModelRunner):
         def plain(logits, u):
             return draw(logits, u, None, temperature, top_p, top_k)
 
-        key = ("draw", rows, temperature)
-        return self.graphs(key, plain, logits, u, rows=rows)[:, : len(logits)]
+        return self.graphs(("draw", rows, temperature), plain, logits, u, rows=rows)[:, : len(logits)]
 
 
 if __name__ == "__main__":

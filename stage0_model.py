@@ -204,7 +204,7 @@ def visibility(block, branch, document=None):
         counts.append(pairs.view(B, -1, TILE, side, TILE).sum((2, 4)))
     counts = torch.cat(counts, dim=1)[:, None]  # (B, 1, side, side)
 
-    # In tiles that are seen whole FlexAttention masks nothing, in those seen in part it asks `sees`.
+    # In tiles seen whole FlexAttention masks nothing, in those seen in part it asks `sees`.
     whole = counts == TILE * TILE
     tiles = []
     for kind in ((counts > 0) & ~whole, whole):

@@ -43,7 +43,7 @@ import random
 
 import engine as engine_module
 import stage0_model as stage0
-from engine import Engine, Example, batches, layout, tag_token_ids, token_logprobs
+from engine import Engine, Example, batches, layout, ragged, tag_token_ids, token_logprobs
 from stage0_model import Qwen3, Qwen3Config, corpus_document, pick_device, train_tokenizer
 from stage2_beta import add_tag_tokens
 
@@ -100,31 +100,28 @@ class BenchEngine(Engine):
 
     def sample(self, logits):
         tokens, logprobs = super().sample(logits)
-        m = 0
-        for request in self.active:
-            for tip in request.tips:
-                tokens[m] = self.planned(request, request.tokens[tip], tokens[m])
-                m += 1
-        return tokens, logprobs
+        tokens = 60 + tokens % 100
+        book = self.book
+        of, k = ragged(book.num_tips[self.active])  # (M,) each
+        request = self.active[of]
+        step = book.steps[request]  # tokens that were sampled before, in the trunk or in this branch
+        if not book.tag_ids:
+            return np.where(step + 1 >= np.array(self.lengths)[request], self.end, tokens), logprobs
 
-    def planned(self, request, tip, token):
-        if not request.rules.tag_ids:
-            return self.end if request.used + 1 >= self.lengths[request.index] else 60 + token % 100
-        if tip.block:
-            if not hasattr(request, "fork_at"):
-                request.fork_at = tip.position  # of the branches' last forced token
-            return (
-                request.rules.tag_ids["</step>"]
-                if tip.position - request.fork_at >= self.branch_length
-                else 60 + token % 100
-            )
-        if request.used < len(self.guideline):
-            return self.guideline[request.used]
-        return (
-            self.end
-            if request.tokens[-1].id == request.rules.tag_ids["</takeaway>"]
-            else request.rules.tag_ids["</takeaway>"]
+        # the guideline, then the branches side by side, then nothing but tags
+        tip = book.tokens[request, book.tips[request, k]]
+        tags, guideline = book.tag_ids, np.array(self.guideline)
+        step_in_branch = step - len(guideline)
+        tokens = np.select(
+            [step_in_branch < 0, tip["block"] == 0, step_in_branch >= self.branch_length],
+            [
+                guideline.take(step, mode="clip"),
+                np.where(tip["id"] == tags["</takeaway>"], self.end, tags["</takeaway>"]),
+                tags["</step>"],
+            ],
+            tokens,
         )
+        return tokens, logprobs
 
 
 class StopAt(StoppingCriteria):

@@ -124,14 +124,13 @@ class ScriptedEngine(Engine):
     def sample(self, logits):
         log_p, m = logits.float().log_softmax(-1), 0
         tokens, logprobs = super().sample(logits)
-        for request in self.active:
+        for request in (self.book.requests[i] for i in self.active):
             script = self.script_of(request)
+            place = request.tokens[["block", "branch"]]
             for tip in request.tips:
-                key = request.tokens[tip][1:3]  # block, branch
-                done = sum(
-                    token[1:3] == key and not token.forced for token in request.tokens
-                )  # tokens sampled so far in this branch; the prompt counts as forced
-                token = script.get(key, [])[done : done + 1]
+                # tokens sampled so far in this branch; the prompt counts as forced
+                done = int(((place == place[tip]) & ~request.tokens["forced"]).sum())
+                token = script.get(place[tip].item(), [])[done : done + 1]
                 if token and token[0] is not None:
                     tokens[m], logprobs[m] = token[0], log_p[m, token[0]].item()
                 m += 1

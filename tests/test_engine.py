@@ -250,7 +250,7 @@ def test_all_slots_are_free_at_the_end_even_after_an_exception(model, tokenizer,
     eng.script_of = lambda request: 1 / 0
     with pytest.raises(ZeroDivisionError):
         eng.generate(prompts, max_new_tokens=50)
-    assert eng.kv_tokens_in_use == 0 and not eng.active and not eng.waiting
+    assert eng.kv_tokens_in_use == 0 and not len(eng.active) and not eng.waiting
     eng.script_of = lambda request: {(0, 0): [tokenizer.eos_token_id]}
     assert [r.ids for [r] in eng.generate(prompts, max_new_tokens=5)] == [[tokenizer.eos_token_id]] * len(
         prompts
@@ -273,7 +273,7 @@ def test_an_exception_anywhere_in_generate_leaves_an_engine_that_works(
         patch.setattr(*((engine_module, "tqdm") if where == "tqdm" else (Engine, where)), fails)
         with pytest.raises(error):
             eng.generate(prompts, n=2, max_new_tokens=12)
-    assert not eng.waiting and not eng.active and eng.kv_tokens_in_use == 0
+    assert not eng.waiting and not len(eng.active) and eng.kv_tokens_in_use == 0
     found = eng.generate(prompts, n=2, max_new_tokens=12)
     assert [[r.ids for r in rs] for rs in found] == [[r.ids for r in rs] for rs in expected]
 
@@ -335,7 +335,7 @@ def test_fuzz_random_weights_budgets_and_limits_hold_every_invariant(happy, toke
             preemptions + eng.stats.preemptions,
             left - n * len(prompts),
         )
-        assert eng.kv_tokens_in_use == 0 and not eng.active and not eng.waiting
+        assert eng.kv_tokens_in_use == 0 and not len(eng.active) and not eng.waiting
         assert eng.stats.peak_kv_tokens <= eng.runner.kv_tokens and eng.stats.tokens == sum(
             len(r.ids) for r in rollouts
         )
@@ -371,7 +371,7 @@ def test_one_engine_serves_request_after_request_in_the_same_memory(happy, token
             eng.generate(random_prompts(rng, n), max_new_tokens=rng.choice([5, 40, 80]), seed=left)
         except KeyboardInterrupt:
             interrupts += 1
-        assert eng.kv_tokens_in_use == 0 and not eng.active and not eng.waiting
+        assert eng.kv_tokens_in_use == 0 and not len(eng.active) and not eng.waiting
         left -= n
         resident.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6)
     first, last = max(resident[: len(resident) // 4 + 1]), resident[-1]
@@ -440,6 +440,17 @@ def test_a_tag_or_end_of_turn_inside_a_step_is_malformed(model, tokenizer, insid
     }
     [[r]] = eng.generate([[50, 51]], max_new_tokens=60)
     assert r.finish_reason == "malformed" and r.num_forks == 1 and "inside step 1" in r.error
+
+
+def test_a_request_reads_tags_and_ends_of_turns_and_no_other_token(tokenizer, tag_ids):
+    ends = {tokenizer.eos_token_id, 77}
+    special = {*tag_ids.values(), *ends}
+    ids = range(2 * max(special))
+    requests = [engine_module.Request(i, (60,), np.random.default_rng(i)) for i in ids]
+    book = engine_module.Book(requests, tokenizer, tag_ids, ends, 4, 2)
+    read = dict(book.receive(np.array(ids), ids, [-1.0] * len(ids)))
+    assert read == {id: 1 for id in special}  # request id got token id behind a prompt of one token
+    assert [r.tokens["id"].tolist() for r in requests] == [[60, id] for id in ids]
 
 
 @pytest.mark.parametrize("branch", [1, 2, 3])
@@ -543,11 +554,12 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens(model, plain_tokenizer):
     eng = Engine(model, plain_tokenizer)
     eng.sampling = 1.0, 0.7, 0
     eng.penalty = 1.0
-    u = np.random.default_rng(0).random(4000, dtype=np.float32)
-    request = engine_module.Request(0, (), None, u)
-    request.tips = list(range(4000))
-    eng.active = [request]
-    tokens, logprobs = eng.sample(logits)
+    # one request whose 4,000 tips all ask for a token
+    request = engine_module.Request(0, (0,), np.random.default_rng(0))
+    eng.book = engine_module.Book([request], plain_tokenizer, {}, set(), 4000, 4000)
+    request.tips = range(4000)
+    eng.active = np.array([0])
+    tokens, logprobs = (x.tolist() for x in eng.sample(logits))
     share = np.bincount(tokens, minlength=4) / 4000
     assert share[2:].sum() == 0 and abs(share[0] - 0.625) < 0.03  # 0.5 and 0.3 hold the top 0.7
     assert abs(logprobs[tokens.index(0)] - np.log(0.5)) < 1e-6  # reported before truncation
@@ -558,9 +570,11 @@ def test_repetition_penalty_acts_inside_steps_only_and_on_the_branchs_own_tokens
     eng.sampling = 0, 1.0, 0
     eng.penalty = 2.0
     # arrival order: a prompt token 3, then branch 1 holds tokens 1 and 2, branch 2 holds token 0
-    request = engine_module.Request(0, (3,), None, None)
-    request.tokens += [engine_module.Token(id, 1, branch, 1) for id, branch in ((1, 1), (0, 2), (2, 1))]
-    eng.active = [request]
+    request = engine_module.Request(0, (3,), np.random.default_rng(0))
+    eng.book = engine_module.Book([request], plain_tokenizer, {}, set(), 4, 2)
+    for id, branch in ((1, 1), (0, 2), (2, 1)):
+        request.force([id], 1, branch, 1)
+    eng.active = np.array([0])
     logits = torch.tensor([[2.9, 3.0, 2.8, 2.7]], device=model.device)
     for tip, expected in (
         (0, 1),
@@ -605,8 +619,8 @@ def test_picture_of_a_kv_row_forking_and_joining_is_what_the_engine_does(model, 
     feed = eng.runner.feed
 
     def spy(packed, *rest):
-        feeds.append(packed[5].tolist())  # slots
-        kept[:] = eng.active
+        feeds.append(packed[4].tolist())  # slots
+        kept[:] = eng.book.requests
         return feed(packed, *rest)
 
     eng.runner.feed = spy
@@ -618,10 +632,10 @@ def test_picture_of_a_kv_row_forking_and_joining_is_what_the_engine_does(model, 
         tag_ids["</step>"]: "/s",
         tag_ids["<takeaway>"]: "t",
     }
-    tokens = [request.tokens[s] for s in slots]
-    assert [names.get(token.id) or tokenizer.decode([token.id]) for token in tokens] == rows["token"]
+    tokens = request.tokens[slots]
+    assert [names.get(id) or tokenizer.decode([id]) for id in tokens["id"].tolist()] == rows["token"]
     for name in ("block", "branch", "position"):
-        assert [getattr(token, name) for token in tokens] == [int(x) for x in rows[name]]
+        assert tokens[name].tolist() == [int(x) for x in rows[name]]
     assert eng.runner.block[slots].tolist() == [int(x) for x in rows["block"]]
     assert eng.runner.branch[slots].tolist() == [int(x) for x in rows["branch"]]
     bars = re.search(r"^#     slot +(.*)$", source, re.M)[1].split(

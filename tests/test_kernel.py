@@ -570,7 +570,7 @@ def test_wide_heads_in_fp32_are_decoded_in_tiles_of_at_most_32_query_rows():
     rows = np.array([0])
     for n, expected in ((1, 16), (40, 32)):
         packed = np.zeros((7, n), dtype=np.int64)
-        packed[5] = range(n)
+        packed[4] = range(n)
         runner.feed(packed, [0], rows, np.array([n]), np.array([n]))
         assert list(runner.graphs.buffers)[-1][2] == expected
 

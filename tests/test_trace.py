@@ -35,7 +35,8 @@ class Watched(ScriptedEngine):
     """Notes which tokens of a request each step of the engine brought: {index: [tokens after it, ..]}"""
 
     def step(self):
-        before = {request.index: request for request in [*self.active, *self.waiting]}
+        running = [self.book.requests[i] for i in self.active]
+        before = {request.index: request for request in [*running, *self.waiting]}
         done = super().step()
         for index, request in before.items():
             self.requests[index] = request
@@ -71,11 +72,12 @@ def test_the_step_of_a_token_is_the_engine_step_that_brought_it(model, tokenizer
     assert eng.stats.preemptions > 0
     for index, rollout in enumerate(rollouts):
         lengths = eng.lengths[index]
-        arrived = [token for token in eng.requests[index].tokens if token.step]
-        counted = [[token.step for token in arrived].count(s) for s in range(1, len(lengths))]
+        steps = eng.requests[index].tokens["step"].tolist()
+        arrived = [step for step in steps if step]
+        counted = [arrived.count(s) for s in range(1, len(lengths))]
         assert counted == np.diff(lengths).tolist()
-        assert sorted(rollout.steps) == [token.step for token in arrived]
-        assert [token.step for token in eng.requests[index].tokens[: len(PROMPT)]] == [0] * len(PROMPT)
+        assert sorted(rollout.steps) == arrived
+        assert steps[: len(PROMPT)] == [0] * len(PROMPT)
 
 
 def test_a_branchs_tokens_have_consecutive_steps_and_siblings_share_them(rollout, tag_ids):
@@ -109,9 +111,9 @@ def test_order_of_arrival_is_order_of_step_then_text(model, tokenizer):
     eng, [rollout] = decode(model, tokenizer)
     tokens = eng.requests[0].tokens
     order = np.argsort(rollout.steps, kind="stable")
-    assert [rollout.ids[i] for i in order] == [token.id for token in tokens[len(PROMPT) :]]
-    assert [rollout.layout.branch[i] for i in order] == [token.branch for token in tokens[len(PROMPT) :]]
-    assert eng.runner.block[: len(tokens) - 1].tolist() == [token.block for token in tokens[:-1]]
+    assert [rollout.ids[i] for i in order] == tokens["id"][len(PROMPT) :].tolist()
+    assert [rollout.layout.branch[i] for i in order] == tokens["branch"][len(PROMPT) :].tolist()
+    assert eng.runner.block[: len(tokens) - 1].tolist() == tokens["block"][:-1].tolist()
 
 
 def test_a_trace_has_an_entry_a_token_and_says_what_the_rollout_says(rollout, tokenizer):
@@ -359,7 +361,8 @@ def test_slots_stand_in_the_order_in_which_the_engine_received_them(show, model,
         "#slots button", "found => found.map(b => [T.text[b.i], T.block[b.i], T.branch[b.i], T.slot[b.i]])"
     )
     assert shown == [
-        [tokenizer.decode([t.id]), t.block, t.branch, slot] for slot, t in enumerate(received, len(PROMPT))
+        [tokenizer.decode([id]), block, branch, slot]
+        for slot, (id, block, branch, *_) in enumerate(received.tolist(), len(PROMPT))
     ]
 
 
