@@ -329,22 +329,28 @@ def equal_cost_table(out):
 
 
 def path_table(out):
-    """What a reward for a short critical path buys, by its weight, greedily."""
-    folder = out / "evidence/path"
-    greedy = judged(folder, "heldout-greedy")
+    """What a reward for a short critical path buys, by its weight, greedily; means over seeds."""
+    runs = defaultdict(list)  # {weight: judgements}, and beside each that of the same seed without
+    for folder in [out / "evidence/path", *sorted(out.glob("seed*/path"))]:
+        greedy = judged(folder, "heldout-greedy")
+        for (name, mode), problems in greedy.items():
+            runs[weight_of(name)].append((problems, greedy[NPR]))
     rows = []
-    for (name, mode), problems in sorted(greedy.items(), key=lambda item: weight_of(item[0][0])):
-        row = {"w": f"{weight_of(name):g}", "accuracy %": percent(values(problems))}
-        row["minus w = 0"] = difference(values(problems), values(greedy[NPR]))
+    for weight, pairs in sorted(runs.items()):
+        ours, without = (over_seeds(each) for each in zip(*pairs))
+        row = {"w": f"{weight:g}", "seeds": len(pairs), "accuracy %": percent(ours)}
+        row["minus w = 0"] = difference(ours, without) if weight else "-"
+        flat = [row for problems, _ in pairs for rows in problems.values() for row in rows]
         for kind in KINDS:
-            of_kind = [each[0] for each in problems.values() if each[0]["kind"] == kind]
+            of_kind = [r for r in flat if r["kind"] == kind]
             row[f"{kind}: critical path"] = f"{np.mean([r['critical_path'] for r in of_kind]):.0f}"
             plans = sum(r["plans"] for r in of_kind) / max(1, sum(r["blocks"] for r in of_kind))
             row[f"{kind}: plans a block"] = f"{plans:.2f}"
-        serial = [
-            each[0] for each in problems.values() if each[0]["parts"] == 1 and each[0]["kind"] != "countdown"
-        ]
+        serial = [r for r in flat if r["parts"] == 1 and r["kind"] != "countdown"]
         row["one part: forked %"] = f"{100 * np.mean([r['branches'] >= 2 for r in serial]):.1f}"
+        copied = sum(r["copied_steps"] for r in flat) / max(1, sum(r["steps"] for r in flat))
+        row["copied steps %"] = f"{100 * copied:.1f}"
+        row["right and sound %"] = percent(over_seeds([problems for problems, _ in pairs], of=sound))
         rows.append(row)
     return markdown(rows)
 
