@@ -179,7 +179,7 @@ twins: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 
 # an interrupt deletes no target: what has its name is whole, it came by rename
 .PRECIOUS: $(patsubst %,$(OUT)/%/$(DONE),stage0 stage1 stage2 stage3 stage2_seq stage3_seq) \
-  $(OUT)/eval.json $(SEEDS:%=$(OUT)/seed%/eval.json) $(OUT)/ablations/%/$(DONE)
+  $(OUT)/eval.json $(SEEDS:%=$(OUT)/seed%/eval.json) $(SEEDS_BEST) $(SEEDS_PATH) $(OUT)/ablations/%/$(DONE)
 
 ABLATIONS := papo group-std schema-filter clip-updates count-forced
 ablations: $(ABLATIONS:%=$(OUT)/ablations/%/$(DONE))
@@ -243,7 +243,7 @@ $(E)/path/eval.json: $(OUT)/stage3/$(DONE) $(WEIGHTS_OF_PATH:%=$(OUT)/path-%/$(D
 	$(RUN) eval.py $(OUT)/stage3 $(WEIGHTS_OF_PATH:%=$(OUT)/path-%) --greedy 1002 --timed 0 --out $(@D)
 
 $(SEEDS_PATH): $(OUT)/seed%/path/eval.json: $(OUT)/seed%/eval.json
-	$(RUN) stage3_papo.py --init $(OUT)/seed$*/stage2 --out $(OUT)/seed$*/path-4 --path-weight 4 --seed $* $(STAGE3)
+	$(RUN) stage3_papo.py --init $(OUT)/seed$*/stage2 --out $(OUT)/seed$*/path-4 --path-weight 4 $(STAGE3) --seed $*
 	$(RUN) eval.py $(OUT)/seed$*/stage3 $(OUT)/seed$*/path-4 --greedy 1002 --timed 0 --out $(@D)
 
 # rung by rung, from what the corpus shows seldom to what it never shows

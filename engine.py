@@ -35,6 +35,7 @@ import shutil
 import sys
 import textwrap
 import time
+import weakref
 from argparse import ArgumentTypeError
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -362,11 +363,12 @@ def ragged(counts):
 
 @dataclass
 class Book:
-    """One call of `Engine.generate`: what its requests may do, and all that they write.
+    """The book of one call of `Engine.generate`: what its requests may do, and all that they write.
 
-    Request i has row i of every array.  Most of a step is the same for every tip: for 256 requests
-    a few array operations take a ninth of the time of loops over requests and tokens, which took
-    longer than a GPU's part of the step.
+    Most of a step is the same for every tip, so it is done to all of them at once, in arrays: loops
+    over requests and tokens would take longer than a GPU takes for its part.  Three numbers tell
+    things apart: a request's index in the call, which is its row here; the row of the KV memory
+    that it has while it runs (`Engine.active`); and a token's index among its request's tokens.
     """
 
     requests: list  # of Request
@@ -378,30 +380,33 @@ class Book:
 
     def __post_init__(self):
         self.tag_of = {i: tag for tag, i in self.tag_ids.items()}
-        # True for ids that are not plain text; the last entry stands for all ids from there on.
+        # True for ids that are not plain text; the last entry stands for all ids from there on
+        # (`receive` looks ids up with mode="clip").
         special = [*self.end_ids, *self.tag_of]
         self.special = np.isin(np.arange(max(special, default=0) + 2), special)
 
         # In order of arrival, the prompt first: tokens, and for each one that may come a random
-        # number.  Zeros take no memory before something is written there.
+        # number.  (Of long rows only the pages that are written to take memory.)
         n = len(self.requests)
         longest = max((len(r.prompt) for r in self.requests), default=0) + self.max_new_tokens
         self.tokens = np.zeros((n, longest), dtype=TOKEN)
         self.uniforms = np.zeros((n, longest), dtype=np.float32)
 
         # The tips: indices of tokens whose successor is sampled next, the first num_tips of a row.
+        # Who has none has finished, and leaves its KV row at the end of the step.
         # And of each request: tokens so far; engine steps in which it received some (waiting for a
         # row of the KV memory does not count).
         self.tips = np.zeros((n, min(self.max_branches, self.max_new_tokens)), dtype=np.int64)
         self.num_tips, self.length, self.steps = np.zeros((3, n), dtype=np.int64)
 
-        # Its row of the KV memory: tokens that were in it when the step began, and slots left free
-        # before the first.  All samples of a prompt are a group, which has the first one's number.
+        # Its row of the KV memory: tokens that lie in it before this step feeds more, and slots
+        # left free before the first.  All samples of a prompt are a group, numbered as its first.
         self.fed, self.margin, self.group = np.zeros((3, n), dtype=np.int64)
+
         # Every request begins with its prompt, and draws its random numbers up front.
         first = {}
         for i, request in enumerate(self.requests):
-            request.book = self
+            request.book = weakref.proxy(self)  # so that a book is gone as soon as its engine drops it
             request.tips = [request.force(request.prompt, 0, 0, 0)]
             response = self.uniforms[i, len(request.prompt) :][: self.max_new_tokens]
             request.stream.random(out=response, dtype=np.float32)
@@ -470,12 +475,11 @@ class Request:
 
     def force(self, ids, block, branch, position):
         """Append tokens that are not sampled, from this position on; index of the last."""
-        length = len(self.tokens)
         step = self.book.steps[self.index]
         new = [(id, block, branch, at, 0.0, step, True) for at, id in enumerate(ids, position)]
-        self.book.tokens[self.index, length : length + len(new)] = new
         self.book.length[self.index] += len(new)
-        return length + len(new) - 1
+        self.tokens[-len(new) :] = new
+        return len(self.tokens) - 1
 
     def finish(self, reason, error=""):
         # what has no tip is taken out of its row at the end of the step

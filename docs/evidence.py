@@ -192,17 +192,26 @@ def temperatures_table(out):
 
     # The best of each by those problems, on held-out ones, seeds 0, 1 ..: the base has but one.
     sampled, _ = seeds_of(out)
-    folders = [out / "evidence/best", *sorted(out.glob("seed*/best"))]
-    runs = [judged(folder) for folder in folders]
+    best = [judged(folder) for folder in by_seed(out, "best")]
     for name in (BASE, BETA):
-        theirs = [run[name] for run in runs if name in run]
-        if not theirs:
+        pairs = [(run[NPR], there[name]) for run, there in zip(sampled, best) if name in there]
+        if not pairs:
             continue
-        ours = [run[NPR] for run in sampled][: None if name == BASE else len(theirs)]
+        ours, theirs = map(list, zip(*pairs))
+        ours = [run[NPR] for run in sampled] if name == BASE else ours
         against = difference(over_seeds(ours), over_seeds(theirs))
         text += f"\n\nHeld out, NPR at temperature 1 minus {STAGES[name]} at its best, "
         text += f"{best_temperature(found, name):g}: {against} points ({len(ours)} seeds)."
     return text
+
+
+def by_seed(out, name):
+    """Folders of one evaluation, of seed 0 and of each other, in the order of `seeds_of`.
+
+    One that has not ended is where nothing is: `judged` finds {} there.
+    """
+    folders = [out / "evidence" / name, *(seed.parent / name for seed in sorted(out.glob("seed*/eval.json")))]
+    return [folder if (folder / "eval.json").is_file() else folder / "not" for folder in folders]
 
 
 def temperatures(out):
@@ -331,7 +340,7 @@ def equal_cost_table(out):
 def path_table(out):
     """What a reward for a short critical path buys, by its weight, greedily; means over seeds."""
     runs = defaultdict(list)  # {weight: judgements}, and beside each that of the same seed without
-    for folder in [out / "evidence/path", *sorted(out.glob("seed*/path"))]:
+    for folder in by_seed(out, "path"):
         greedy = judged(folder, "heldout-greedy")
         for (name, mode), problems in greedy.items():
             runs[weight_of(name)].append((problems, greedy[NPR]))
