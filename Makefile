@@ -234,7 +234,7 @@ $(E)/hard/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 $(E)/votes/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage3_seq $(OUT)/stage3 --k 8 --n 501 --greedy 1 --timed 0 --out $(@D)
 
-# a reward for short critical paths: weights with seed 0, the one that helps with more seeds
+# a reward for short critical paths: weights with seed 0, and the one that widens with more seeds
 WEIGHTS_OF_PATH := 0.5 1 2 4
 $(OUT)/path-%/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --path-weight $* $(STAGE3)

@@ -158,8 +158,8 @@ def compiled(function, dynamic=None):
     if not can_compile():
         return function
 
-    # There are few kernels to compile.  A pool of processes for them takes a gigabyte for each, and
-    # where a signal ends it (`timeout`, Slurm) the run would wait for it for ever.
+    # There are few kernels to compile.  torch's pool of processes for that takes up to a gigabyte
+    # for each, and on an H200 a run was still waiting for it after a minute, and was killed.
     torch._inductor.config.compile_threads = 1
     return torch.compile(function, dynamic=dynamic)
 
@@ -193,8 +193,7 @@ def visibility(block, branch, document=None):
         return (q >= k) & (document[b, q] == document[b, k]) & ~sibling
 
     # How many pairs of a tile see one another, a stripe of queries at a time: all T x T pairs of a
-    # long row would be gigabytes.  torch's create_block_mask has to be compiled for that, which on
-    # an H200 took more than a minute.
+    # long row would be gigabytes.  torch's create_block_mask would have to be compiled for that.
     row, token = (torch.arange(n, device=block.device) for n in (B, T))
     side = -(-T // TILE)
     counts = []

@@ -99,10 +99,15 @@ STAGES = {
 BASE, BETA, NPR = ("stage0", "plain"), ("stage2", "parallel"), ("stage3", "parallel")
 
 
+def seed_folders(out):
+    """Where stages 1-3 of each seed lie, seed 0 in `out` itself, if they have been judged."""
+    folders = [out, *sorted(out.glob("seed*"))]
+    return [folder for folder in folders if (folder / "eval.json").is_file()]
+
+
 def seeds_of(out):
     """Judgements of the same problems with stages 1-3 of each seed, as ([sampled ..], [greedy ..])."""
-    folders = [out, *sorted(out.glob("seed*"))]
-    folders = [folder for folder in folders if (folder / "eval.json").is_file()]
+    folders = seed_folders(out)
     return [judged(f) for f in folders], [judged(f, "heldout-greedy") for f in folders]
 
 
@@ -115,6 +120,22 @@ def of_seeds(name, sampled, greedy):
     return runs, best, flat, mean
 
 
+def forked_percent(rows):
+    """How many responses to problems of two parts or more really forked: '99.7'."""
+    forked = [row["branches"] >= 2 for row in rows if (row["parts"] or 2) >= 2]
+    return f"{100 * np.mean(forked):.1f}"
+
+
+def lengths(rows):
+    """Mean tokens and critical path of responses, and their ratio, as columns of a table."""
+    tokens, path = (np.mean([row[key] for row in rows]) for key in ("tokens", "critical_path"))
+    return {
+        "tokens": f"{tokens:.0f}",
+        "critical path": f"{path:.0f}",
+        "tokens/path": f"{tokens / path:.2f}",
+    }
+
+
 def stages_table(out):
     """Every checkpoint, the mean over seeds, and what it has gained over the base, greedily."""
     sampled, greedy = seeds_of(out)
@@ -122,7 +143,6 @@ def stages_table(out):
     rows = []
     for name, label in STAGES.items():
         runs, best, flat, mean = of_seeds(name, sampled, greedy)
-        several = np.mean([row["branches"] >= 2 for row in flat if (row["parts"] or 2) >= 2])
         each = [100 * np.mean(list(values(run).values())) for run in best]
         rows.append(
             {
@@ -134,10 +154,8 @@ def stages_table(out):
                 "greedy minus base": "-" if name == BASE else difference(over_seeds(best), base),
                 "at temperature 1 %": percent(over_seeds(runs)),
                 "valid %": f"{100 * mean['valid']:.1f}",
-                "parallel %, of 2 parts or more": f"{100 * several:.1f}" if name[1] == "parallel" else "-",
-                "tokens": f"{mean['tokens']:.0f}",
-                "critical path": f"{mean['critical_path']:.0f}",
-                "tokens/path": f"{mean['tokens'] / mean['critical_path']:.2f}",
+                "parallel %, of 2 parts or more": forked_percent(flat) if name[1] == "parallel" else "-",
+                **lengths(flat),
             }
         )
     return markdown(rows)
@@ -206,11 +224,11 @@ def temperatures_table(out):
 
 
 def by_seed(out, name):
-    """Folders of one evaluation, of seed 0 and of each other, in the order of `seeds_of`.
+    """Folders of one evaluation with each seed, in the order of `seeds_of`.
 
     One that has not ended is where nothing is: `judged` finds {} there.
     """
-    folders = [out / "evidence" / name, *(seed.parent / name for seed in sorted(out.glob("seed*/eval.json")))]
+    folders = [(out / "evidence" if folder == out else folder) / name for folder in seed_folders(out)]
     return [folder if (folder / "eval.json").is_file() else folder / "not" for folder in folders]
 
 
@@ -383,15 +401,8 @@ def words_table(out):
             row[f"{kind or 'right'} %"] = percent(values(runs[name], kind=kind))
         row["minus row above"] = difference(values(runs[name]), values(before)) if before else "-"
         row["valid %"] = percent(values(runs[name], of=lambda row: row["valid"]))
-        several = np.mean([row["branches"] >= 2 for row in flat if (row["parts"] or 2) >= 2])
-        row["parallel %"] = f"{100 * several:.1f}" if name[1] == "parallel" else "-"
-        tokens, path = (np.mean([row[key] for row in flat]) for key in ("tokens", "critical_path"))
-        row |= {
-            "tokens": f"{tokens:.0f}",
-            "critical path": f"{path:.0f}",
-            "tokens/path": f"{tokens / path:.2f}",
-        }
-        rows.append(row)
+        row["parallel %"] = forked_percent(flat) if name[1] == "parallel" else "-"
+        rows.append(row | lengths(flat))
         before = runs[name]
     return markdown(rows)
 
