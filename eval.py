@@ -108,10 +108,11 @@ def pass_at(n, right, k):
 
 
 def majority(rows):
-    """Is the answer that most samples of a problem give a right one?  A tie goes to the earlier."""
-    votes = Counter(last_boxed(row["response"]) for row in rows)
-    (answer, _), *_ = votes.most_common(1)
-    return next(row["right"] for row in rows if last_boxed(row["response"]) == answer)
+    """Is the answer that most samples of a problem box a right one?  A tie goes to the earlier; a
+    sample without a box has no vote."""
+    boxed = [(answer, row["right"]) for row in rows if (answer := last_boxed(row["response"])) is not None]
+    votes = Counter(answer for answer, _ in boxed)
+    return max(boxed, key=lambda pair: votes[pair[0]], default=("", False))[1]  # the first of equals
 
 
 def measure(judged):
@@ -348,16 +349,15 @@ def judge_checkpoint(path, mode, problems, args, device):
         "logprob gap": max(row["logprob_gap"] for row in flat),
     }
 
-    # The first six problems (two of each kind) are decoded greedily once more: the page replays
-    # rollouts, and the files keep only texts.
+    # The first problems are decoded greedily once more: the page replays rollouts, and the files
+    # keep only texts.
     traces = []
     shown = problems[: 2 * len(KINDS)]
     for problem, [rollout] in zip(shown, decode(engine, shown, mode, args, temperature=0.0, progress=False)):
         prompt = prompt_ids(engine.tokenizer, problem.question, system_prompt(engine, mode, args))
         right = problem.verify(response_text(engine.tokenizer, rollout.ids))
         verdict = "right" if right else f"wrong, {problem.answer} is right"
-        name = f"{path} ({mode})"
-        traces.append(trace(engine.tokenizer, rollout, prompt, problem.question, name, verdict))
+        traces.append(trace(engine.tokenizer, rollout, prompt, problem.question, f"{path} ({mode})", verdict))
     return (engine, mode), result, judged, traces
 
 
@@ -503,7 +503,7 @@ ARGUMENTS = (
     ("--n",              positive_int,      1002,      "problems, all kinds together"),
     ("--k",              positive_int,      1,         "samples per problem at --temperature"),
     ("--temperature",    not_negative,      1.0,       "of the sampled columns; a greedy column stands beside them"),
-    ("--greedy",         positive_int,      501,       "how many of the problems are decoded greedily too"),
+    ("--greedy",         positive_int,      1002,      "how many of the problems are decoded greedily too"),
     ("--max-new-tokens", positive_int,      896,       "response budget in tokens, all branches together"),
     ("--top-p",          positive_fraction, 1.0,       "sample from the smallest set of tokens with this probability (paper: 0.7)"),
     ("--bench",          BENCHES,           [],        "judge on these real benchmarks instead of made problems", {"nargs": "+"}),
@@ -526,8 +526,8 @@ def parse_args(argv=None):
     args = read_arguments(__doc__, ARGUMENTS, argv)
     if not args.checkpoints:
         # read anew, so that what was given on the command line still counts
-        table = [(flag, kind, SAMPLE.get(flag, given), *more) for flag, kind, given, *more in ARGUMENTS]
-        args = read_arguments(__doc__, table, argv)
+        flags = [(flag, kind, SAMPLE.get(flag, given), *more) for flag, kind, given, *more in ARGUMENTS]
+        args = read_arguments(__doc__, flags, argv)
         args.checkpoints = finished("stage0", "stage1", "stage2", "stage3")
     return args
 

@@ -22,6 +22,7 @@ import ast  # model text is parsed with it, never evaluated
 import contextlib
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -70,7 +71,7 @@ FAMILIES = {
 
 @dataclass
 class Qwen3Config:
-    """Fields as in a Qwen3 config.json; the defaults are the tiny base (0.84M parameters)."""
+    """Fields as in a Qwen3 config.json; the defaults are about the tiny base (`new_model`)."""
 
     model_type: str = "qwen3"  # of FAMILIES
     vocab_size: int = 400  # V
@@ -1034,12 +1035,11 @@ def corpus_batches(tokenizer, args, step):
         )
         response = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
         docs.append((prompt_ids(tokenizer, question, system), response))
-    docs.sort(key=lambda doc: len(doc[0]) + len(doc[1]))
 
-    # every rank draws all documents and takes every so-many-th of them
+    # every rank draws all documents and takes every so-many-th of them, the shortest first
     rank, world = ranks()
-    docs = docs[rank::world]
-    size = math.ceil(len(docs) / args.micro_batches)
+    docs = sorted(docs, key=lambda doc: len(doc[0]) + len(doc[1]))[rank::world]
+    size = max(1, math.ceil(len(docs) / args.micro_batches))  # 1: a rank may have drawn nothing
     for i in range(0, len(docs), size):
         chosen = docs[i : i + size]
         ids = pad_rows([prompt + response for prompt, response in chosen], 0)
@@ -1882,18 +1882,18 @@ def draw_problems(data, kind, n, seed):
     return random.Random(seed).sample(data, min(n, len(data)))
 
 
-def read_prompt(prompt_file, data, path=None):
+def read_prompt(prompt_file, real, path=None):
     """What asks for the format: the text of prompt_file.
 
     By default what the checkpoint at `path` was trained to answer, its prompt.txt; else
-    FORMAT_PROMPT, which the tiny base was brought up on, or with real data the instructions in
-    assets/format_prompt.txt.  A text with {question} in it is the whole user turn, any other the
-    system prompt.  Raises UserError when there is no such file.
+    FORMAT_PROMPT, which the tiny base was brought up on, or where the problems are `real` the
+    instructions in assets/format_prompt.txt.  A text with {question} in it is the whole user turn,
+    any other the system prompt.  Raises UserError when there is no such file.
     """
     own = Path(path or "", "prompt.txt")
     if path and not prompt_file and own.is_file():
         prompt_file = own
-    if not prompt_file and not data:
+    if not prompt_file and not real:
         return FORMAT_PROMPT
     file = Path(prompt_file or REAL_FORMAT_PROMPT_FILE)
     if not file.is_file():
@@ -2856,6 +2856,9 @@ def run_main(main):
         sys.exit(2)
     finally:
         if dist.is_initialized():
+            # Optimizers are cycles that keep the group alive.  A thread of gloo that is there when
+            # Python ends aborts the process, and a finished run looks like a failed one.
+            gc.collect()
             dist.destroy_process_group()
 
 

@@ -1,6 +1,6 @@
 r"""Stage 1, NPR-ZERO: find the parallel format by reinforcement learning, decoding sequentially.
 
-In : out/stage0, or --init any Qwen3.   Out: out/stage1/, a model that writes the format by itself.
+In : out/stage0, or --init your model.   Out: out/stage1/, a model that writes the format by itself.
 
 For every question the policy writes G responses.  The reward of a response is its format score
 until the format is perfect, then +1 for a right answer and -1 for a wrong one:

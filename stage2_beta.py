@@ -392,10 +392,10 @@ def main():
         # entropies of all micro-batches on all ranks add up to the batch's.
         num_tokens = sum(learned[i].sum().item() for i in batch)
         loss = entropy = num_padded = 0.0
-        for rows, ids, batch_layout, mask in batches(
+        for chosen, ids, batch_layout, mask in batches(
             [examples[i] for i in batch], args.micro_tokens, device, share=ranks()
         ):
-            mask[mask.clone()] = torch.cat([learned[batch[i]] for i in rows]).to(device)  # (B, T)
+            mask[mask.clone()] = torch.cat([learned[batch[i]] for i in chosen]).to(device)  # (B, T)
             logprobs, H = token_logprobs(model, ids, batch_layout)  # (B, T) each
             part = -logprobs[mask].sum() / num_tokens
             part.backward()

@@ -11,8 +11,8 @@ L = -(1 / sum_i |y_i|) sum_i sum_t [pi(y_it) / stopgrad(pi(y_it))] A_i
 
 Differences from GRPO, PAPO's four:
 1. rollouts by the parallel engine, which forks and joins;
-2. with --schema-filter, malformed and truncated rollouts are dropped, so that the reward is
-   accuracy alone;
+2. malformed and truncated rollouts are dropped, so that the reward is accuracy alone (off here:
+   --schema-filter);
 3. the standard deviation is the whole batch's, not the group's;
 4. strictly on-policy: one update per batch, no ratio and no clip.
 The others are taken away by a flag each: --sequential, --group-std, --clip-updates.
@@ -113,7 +113,7 @@ def reward_of(rollout, text, valid, right, args):
     With --path-weight w a right answer earns up to w more, w (1 - critical path / tokens): nothing
     for thinking sequentially, more the fewer of its tokens had to be waited for.
     """
-    if args.reward == "random":  # a coin, the same on every rank
+    if args.reward == "random":  # a coin for every text, whatever its format
         return random.Random(f"{args.seed}/{text}").choice([1.0, -1.0])
     if not valid:
         return -2.0

@@ -4,7 +4,8 @@
     python docs/evidence.py out        # the page anew, from what is there
 
 Nothing is trained or decoded here: each table is made from judged responses, one line each, that
-eval.py left in folders of `out`.  What has not been run yet is left out, and said so.
+eval.py left in folders of `out`.  README's own table is written too.  A table whose runs are not
+there stays as it was, which is printed.
 Intervals are 95 %, normal, over problems; differences are paired, problem by problem; where there
 are several seeds, a problem counts with the mean of its seeds.
 """
@@ -235,7 +236,7 @@ def by_seed(out, name):
 def temperatures(out):
     """{(checkpoint, mode): {temperature: {problem: value}}} on `tune`."""
     found = {}
-    for folder in (out / "evidence/temperature").glob("*"):
+    for folder in sorted((out / "evidence/temperature").glob("*")):
         for name, problems in judged(folder, "tune").items():
             found.setdefault(name, {})[float(folder.name)] = values(problems)
     return found
@@ -264,7 +265,7 @@ def ladder_table(out):
 
 
 def hard_table(out):
-    """NPR and its sequential twin on the split `hard`, longer and wider than anything in training."""
+    """NPR and its sequential twin on the split `hard`: chains and sums longer than any in training."""
     folder = out / "evidence/hard"
     sampled, greedy = judged(folder, "hard"), judged(folder, "hard-greedy")
     twin = ("stage3_seq", "format")
@@ -286,6 +287,7 @@ def hard_table(out):
 CONTROLS = {
     "random": "random reward (`--reward random`)",
     "format": "format reward alone (`--reward format`)",
+    "schema-filter": "malformed answers dropped (`--schema-filter`)",
     "rejection": "continued rejection fine-tuning from BETA",
     "stage3_seq": "stage 3 sequentially (SR)",
 }
@@ -302,6 +304,7 @@ def controls_table(out):
             ours = values(sampled[NPR]), values(greedy[NPR])
             theirs = values(sampled[key]), values(greedy[key])
             row = {"run": label, "at temperature 1 %": percent(theirs[0]), "greedy %": percent(theirs[1])}
+            row["valid %"] = percent(values(sampled[key], of=lambda row: row["valid"]))
             row["NPR minus it, at 1"] = "-" if key == NPR else difference(ours[0], theirs[0])
             row["NPR minus it, greedily"] = "-" if key == NPR else difference(ours[1], theirs[1])
             rows.append(row)
@@ -326,8 +329,8 @@ def starts_table(out):
 
 
 def equal_cost_table(out):
-    """Majority votes that cost as many tokens as NPR's answers, or whose tokens, drawn side by side,
-    take as long as its critical path.
+    """Majority votes of 1, 4 and 8 answers, and what they cost beside one of NPR's: tokens of all k
+    together; a path as long as one answer's, because they run side by side.
     """
     runs = judged(out / "evidence/votes")
     npr = runs[NPR]
@@ -338,7 +341,7 @@ def equal_cost_table(out):
     for name, problems in runs.items():
         mine = [row for each in problems.values() for row in each]
         length = np.mean([row["tokens"] for row in mine])
-        for k in (1, 2, 4, 8, 16):
+        for k in (1, 4, 8):  # of two that differ the first wins, so two are no better than one
             if k <= len(next(iter(problems.values()))):
                 voted = {q: float(majority(each[:k])) for q, each in problems.items()}
                 rows.append(
@@ -356,18 +359,23 @@ def equal_cost_table(out):
 
 
 def path_table(out):
-    """What a reward for a short critical path buys, by its weight, greedily; means over seeds."""
-    runs = defaultdict(list)  # {weight: judgements}, and beside each that of the same seed without
-    for folder in by_seed(out, "path"):
-        greedy = judged(folder, "heldout-greedy")
-        for (name, mode), problems in greedy.items():
-            runs[weight_of(name)].append((problems, greedy[NPR]))
+    """What a reward for a short critical path buys, by its weight, greedily: every weight with the
+    first seed, then the means of all seeds for the weights that were trained with all.
+    """
+    judgements = [judged(folder, "heldout-greedy") for folder in by_seed(out, "path")]
+    judgements = [judgement for judgement in judgements if judgement]
+    runs = []  # (seeds, weight, {problem: rows} of each seed, the same of w = 0)
+    for seeds in sorted({1, len(judgements)}):
+        held = judgements[:seeds]
+        common = [name for name in held[0] if all(name in judgement for judgement in held)]
+        for name in sorted(common, key=lambda name: weight_of(name[0])):
+            ours, without = ([judgement[key] for judgement in held] for key in (name, NPR))
+            runs.append((seeds, weight_of(name[0]), ours, without))
     rows = []
-    for weight, pairs in sorted(runs.items()):
-        ours, without = (over_seeds(each) for each in zip(*pairs))
-        row = {"w": f"{weight:g}", "seeds": len(pairs), "accuracy %": percent(ours)}
-        row["minus w = 0"] = difference(ours, without) if weight else "-"
-        flat = [row for problems, _ in pairs for rows in problems.values() for row in rows]
+    for seeds, weight, ours, without in runs:
+        row = {"w": f"{weight:g}", "seeds": seeds, "accuracy %": percent(over_seeds(ours))}
+        row["minus w = 0"] = difference(over_seeds(ours), over_seeds(without)) if weight else "-"
+        flat = [row for problems in ours for each in problems.values() for row in each]
         for kind in KINDS:
             of_kind = [r for r in flat if r["kind"] == kind]
             row[f"{kind}: critical path"] = f"{np.mean([r['critical_path'] for r in of_kind]):.0f}"
@@ -377,7 +385,7 @@ def path_table(out):
         row["one part: forked %"] = f"{100 * np.mean([r['branches'] >= 2 for r in serial]):.1f}"
         copied = sum(r["copied_steps"] for r in flat) / max(1, sum(r["steps"] for r in flat))
         row["copied steps %"] = f"{100 * copied:.1f}"
-        row["right and sound %"] = percent(over_seeds([problems for problems, _ in pairs], of=sound))
+        row["right and sound %"] = percent(over_seeds(ours, of=sound))
         rows.append(row)
     return markdown(rows)
 

@@ -5,7 +5,7 @@ r"""Pictures of README and docs, drawn as SVG from what stages and judge have wr
     python docs/figures.py summary out out/seed1 out/seed2
 
 pipeline: the four stages, from eval.json, log.jsonl, args.json and config.json of a run.
-accuracy: accuracy against critical path of all checkpoints (and the twins'), from eval.json.
+accuracy: accuracy against critical path of all checkpoints (and of the twin SR), from eval.json.
 curves  : what the stages and their other seeds have logged, from log.jsonl.
 mask    : who sees whom in a short response, by engine.visible().
 ladder  : reward of stage 1 for one text after another, by stage1_zero.format_score().
@@ -728,7 +728,7 @@ def draw_pipeline(folder):
         # large what counts, small what it is
         picture.text(x + 16, 296, f"{result['accuracy']:.1%}".replace("%", " %"), f"{colour} bold", 27)
         picture.text(x + wide - 16, 296, spent, "fg bold", 15, "end")
-        picture.text(x + 16, 318, "right" if i else "right, format asked", "dim", 11.5)
+        picture.text(x + 16, 318, "right at T = 1, one run" if i else "right, format asked", "dim", 11.5)
         picture.text(x + wide - 16, 318, "to train", "dim", 11.5, "end")
     return picture
 
@@ -787,14 +787,14 @@ SHOWN_AS = {
 def draw_accuracy(folder):
     """Accuracy against critical path of every checkpoint, with 95 % intervals."""
     results = {name_of(result): result for result in read_judgements(folder)}
-    twins = Path(folder) / "twins"
-    if (twins / "eval.json").is_file():
-        results |= {name_of(r): r for r in read_judgements(twins) if name_of(r).endswith("_seq")}
+    controls = Path(folder) / "evidence/controls"  # the twin was judged among them, on the same problems
+    if (controls / "eval.json").is_file():
+        results |= {name_of(r): r for r in read_judgements(controls) if name_of(r).endswith("_seq")}
     results = {name: results[name] for name in SHOWN_AS if name in results}
 
     picture = Picture(1000, 470, "Accuracy against critical path")
     picture.text(24, 34, "How often right, and how soon", "fg bold", 18)
-    words = "Filled: decoded in parallel. Hollow: one token after another. Bars: 95 % intervals."
+    words = "Filled: decoded in parallel. Hollow: one token after another. One run, one sample each at T = 1."
     picture.text(24, 56, words, "dim", 13)
 
     # Both ends of each interval, upper one first: the axis has to span them.

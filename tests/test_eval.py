@@ -186,7 +186,8 @@ def test_majority_is_the_answer_that_most_samples_give():
 
     assert judge.majority(rows("3", "7", "7", "5")) and not judge.majority(rows("3", "3", "7"))
     assert not judge.majority(rows("3", "7")) and judge.majority(rows("7", "3"))  # a tie goes to the earlier
-    assert not judge.majority([{"response": "no box", "right": False}] * 2 + rows("7"))
+    assert judge.majority([{"response": "no box", "right": False}] * 2 + rows("7"))  # which is no vote
+    assert not judge.majority([{"response": "no box", "right": False}] * 2)
 
 
 def test_time_to_answer_leaves_out_the_capture_of_graphs_on_a_gpu(monkeypatch):

@@ -73,11 +73,11 @@ def run(tmp_path_factory, tokenizer):
             stage0.save(random_model(len(tokenizer)), tokenizer, path / folder)
     stage0.write_json(path / "stage2" / "rejection.json", {"accepted": 74, "truncated": 6})
 
-    # eval.json of the four, and of the twins beside them
+    # eval.json of the four, and of the twins among the controls
     for folder, judged in (
         ("", [("stage0", "plain"), ("stage0", "format"), ("stage1", "format"), ("stage2", "parallel"),
               ("stage3", "parallel")]),
-        ("twins", [("stage2_seq", "format"), ("stage3_seq", "format"), ("stage3", "parallel")]),
+        ("evidence/controls", [("stage2_seq", "format"), ("stage3_seq", "format"), ("stage3", "parallel")]),
     ):  # fmt: skip
         results = [
             {
@@ -91,6 +91,7 @@ def run(tmp_path_factory, tokenizer):
             }
             for i, (stage, mode) in enumerate(judged)
         ]
+        (path / folder).mkdir(parents=True, exist_ok=True)
         stage0.write_json(path / folder / "eval.json", {"args": {}, "checkpoints": results})
     return path
 
