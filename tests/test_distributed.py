@@ -1,5 +1,6 @@
 """Two gloo ranks on the CPU against one process: the same rollouts, the same statistics, the same update."""
 
+import gc
 import hashlib
 import json
 import os
@@ -40,6 +41,12 @@ def toss_a_coin(problem, text):
     return hashlib.sha256(text.encode()).digest()[0] % 2 == 0
 
 
+def leave():
+    """Leave the process group as `run_main` does: nothing that holds it may live until Python ends."""
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
 def run_jobs(rank, world, ports, jobs):
     """Stages' mains one after another, as this rank.  jobs: (script, argv, step at which to die or None)."""
     for port, (script, argv, die_at) in zip(ports, jobs):
@@ -69,7 +76,7 @@ def run_jobs(rank, world, ports, jobs):
             except stage0.UserError:
                 assert die_at and (Path(argv[-1]) / "resume" / "state.pt").is_file()
             if world > 1:
-                torch.distributed.destroy_process_group()
+                leave()
 
 
 SMALL_RL = "--prompts 3 --max-new-tokens 60 --micro-tokens 400 --lr 1e-3"
@@ -221,7 +228,8 @@ def updates(rank, world, port, folder, muon_lr):
     weights = {name: p.detach() for name, p in stage0.trained(model).items()}
     torch.save((weights, held), folder / f"{world}-{rank}.pt")
     if world > 1:
-        torch.distributed.destroy_process_group()
+        del run, model, optimizers
+        leave()
 
 
 @pytest.mark.slow
