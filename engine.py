@@ -786,14 +786,13 @@ class Engine:
 
     def step(self):
         """One decode step of all that run: schedule, run, postprocess.  Returns how many ended."""
-        admitted = self.schedule()
-        logits = self.run(admitted)  # (M, V), of the tips of all active requests
+        logits = self.run(self.schedule())  # (M, V), of the tips of all active requests
         book = self.book
-        self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, self.kv_tokens_in_use)
 
         # postprocess: every tip gets its token; where that is not plain text, its request reads it
         for i, index in book.receive(self.active, *self.sample(logits)):
             book.requests[i].read(index)
+        self.stats.peak_kv_tokens = max(self.stats.peak_kv_tokens, self.kv_tokens_in_use)
 
         # who has no budget for another step ends; then the rows of all who ended are cleared
         for i in self.active[(book.length + book.num_tips > book.limit)[self.active]]:

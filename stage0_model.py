@@ -2232,8 +2232,7 @@ def hold(folder):
 
 def old_name(path):
     """Where what stands at `path` is moved aside: the first free of `path`.old-1, .old-2, .."""
-    names = (Path(f"{path}.old-{n}") for n in itertools.count(1))
-    return next(name for name in names if not name.exists())
+    return next(name for n in itertools.count(1) if not (name := Path(f"{path}.old-{n}")).exists())
 
 
 class Run:
@@ -2678,7 +2677,7 @@ def update(model, optimizers):
         optimizer.zero_grad()
 
     put_back(model)
-    # a sum is finite where all its terms are, and takes no memory: isfinite copies the largest matrix
+    # a sum is finite where all its terms are; `isfinite` of the largest matrix would copy it
     sums = torch.stack([p.detach().sum() for p in model.parameters()])
     return norm if sums.isfinite().all() else math.nan
 

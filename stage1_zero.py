@@ -287,8 +287,7 @@ def shares_of(groups, args):
     DAPO makes several updates of a step's groups, each on its share; after the first the policy is
     no longer the one that sampled, which is what the ratio and its clip are for.
     """
-    shares = [groups[u :: args.updates] for u in range(args.updates)]
-    return [share for share in shares if share]
+    return [share for u in range(args.updates) if (share := groups[u :: args.updates])]
 
 
 # ==================================================================================================

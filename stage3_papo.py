@@ -106,20 +106,15 @@ def shares_of(groups, args):
 # ==================================================================================================
 
 
-def reward_of(rollout, text, valid, right, args):
+def reward_of(text, valid, right, args):
     """R of one response: +1 if it is right, -1 if it is wrong, -2 if it is malformed or truncated,
     which costs more than a wrong answer, so that a search that leads nowhere is worth ending.
-
-    With --path-weight w a right answer earns up to w more, w (1 - critical path / tokens): nothing
-    for thinking sequentially, more the fewer of its tokens had to be waited for.
     """
     if args.reward == "random":  # a coin for every text, whatever its format
         return random.Random(f"{args.seed}/{text}").choice([1.0, -1.0])
     if not valid:
         return -2.0
-    if not right and args.reward == "answer":
-        return -1.0
-    return 1.0 + args.path_weight * (1 - rollout.critical_path / len(rollout.ids))
+    return 1.0 if right or args.reward == "format" else -1.0
 
 
 def judge(problem, prompt, rollout, tokenizer, args):
@@ -127,8 +122,22 @@ def judge(problem, prompt, rollout, tokenizer, args):
     text = response_text(tokenizer, rollout.ids)
     valid = rollout.finish_reason == "stop" and format_score(text) == 0
     right = problem.verify(text)
-    reward = reward_of(rollout, text, valid, right, args)
-    return Judged(prompt, problem.question, rollout, text, valid, right, reward)
+    return Judged(prompt, problem.question, rollout, text, valid, right, reward_of(text, valid, right, args))
+
+
+def pay_for_short_paths(group, weight):
+    """Add weight (1 - critical path / longest one) to the reward of each right answer to one
+    question, where the longest is of the right ones too.  Returns the group.
+
+    The answer that was waited for longest earns nothing more, one that took half as long half the
+    weight.  Paid for the ratio of tokens to path instead, a model repeats itself: that too makes
+    many tokens of which few are waited for (docs/log.md).
+    """
+    right = [j for j in group if j.valid and j.right]
+    longest = max((j.rollout.critical_path for j in right), default=0)
+    for j in right:
+        j.reward += weight * (1 - j.rollout.critical_path / longest)
+    return group
 
 
 def sample_groups(engine, data, format_prompt, step, args):
@@ -154,7 +163,8 @@ def sample_groups(engine, data, format_prompt, step, args):
     # The reward of each response, by its text and by how it ended.
     drawn = []
     for problem, prompt, rollouts in zip(problems, prompts, responses):
-        drawn.append([judge(problem, prompt, r, engine.tokenizer, args) for r in rollouts])
+        group = [judge(problem, prompt, r, engine.tokenizer, args) for r in rollouts]
+        drawn.append(pay_for_short_paths(group, args.path_weight))
 
     # What is malformed or truncated has scored -2; the paper's schema filter leaves it out.
     groups = []
@@ -190,7 +200,7 @@ ARGUMENTS = (
     ("--max-new-tokens",   positive_int,   896,          "response budget in tokens, all branches together"),
     ("--max-branches",     positive_int,   8,            "most plans a guideline may have"),
     ("--temperature",      positive_float, 1.0,          "of the rollouts"),
-    ("--path-weight",      not_negative,   0.0,          "w: a right answer earns w (1 - critical path / tokens) more"),
+    ("--path-weight",      not_negative,   0.0,          "w: a right answer earns w (1 - critical path / longest of the right ones) more"),
     ("--reward",           REWARDS,        "answer",     "controls: format pays for the format alone, random for nothing"),
     ("--sequential",       bool,           False,        "the twin SR: sequential rollouts, causal mask, same updates"),
     ("--group-std",        bool,           False,        "ablation: the standard deviation of each group, as in GRPO"),

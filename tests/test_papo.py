@@ -10,7 +10,8 @@ from conftest import random_model, random_prompts
 from test_engine import scripted_run
 
 from engine import Example, batches, token_logprobs
-from stage3_papo import papo_advantages, papo_loss, reward_of
+from stage1_zero import Judged
+from stage3_papo import papo_advantages, papo_loss, pay_for_short_paths, reward_of
 
 
 def test_papo_advantage_by_hand():
@@ -105,49 +106,43 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget():
 
 
 def args_of(**changes):
-    return types.SimpleNamespace(**(dict(reward="answer", path_weight=0.0, seed=0) | changes))
-
-
-def rollout_of(tokens, critical_path):
-    return types.SimpleNamespace(ids=[0] * tokens, critical_path=critical_path)
+    return types.SimpleNamespace(**(dict(reward="answer", seed=0) | changes))
 
 
 @pytest.mark.parametrize(
     "valid, right, expected", [(True, True, 1), (True, False, -1), (False, True, -2), (False, False, -2)]
 )
 def test_a_malformed_response_costs_more_than_a_wrong_one(valid, right, expected):
-    assert reward_of(rollout_of(10, 10), "", valid, right, args_of()) == expected
+    assert reward_of("", valid, right, args_of()) == expected
 
 
-def test_the_path_weight_pays_right_answers_for_tokens_that_nobody_waited_for():
-    weighted = args_of(path_weight=0.5)
-    # 30 tokens on a path of 12: 0.6 of them came beside others; sequential thought earns nothing more
-    assert reward_of(rollout_of(30, 12), "", True, True, weighted) == pytest.approx(1 + 0.5 * 0.6)
-    assert reward_of(rollout_of(30, 30), "", True, True, weighted) == 1
-    assert reward_of(rollout_of(30, 12), "", True, False, weighted) == -1
-    assert reward_of(rollout_of(30, 12), "", False, True, weighted) == -2
+def test_of_the_right_answers_to_a_question_the_shorter_path_earns_more():
+    def of(critical_path, valid=True, right=True):
+        reward = reward_of("", valid, right, args_of())
+        rollout = types.SimpleNamespace(critical_path=critical_path)
+        return Judged([], "", rollout, "", valid, right, reward)
+
+    # 40 is the longest of the right ones: it earns nothing more, 10 three quarters of the weight
+    group = [of(40), of(10), of(90, right=False), of(5, right=False), of(90, valid=False), of(20)]
+    pay_for_short_paths(group, 0.5)
+    assert [j.reward for j in group] == [1, 1.375, -1, -1, -2, 1.25]
+
+    # without a right answer, and without a weight, nothing changes
+    for group, weight in (([of(9, right=False)], 0.5), ([of(40), of(10)], 0.0)):
+        before = [j.reward for j in group]
+        assert [j.reward for j in pay_for_short_paths(group, weight)] == before
 
 
 def test_the_controls_pay_for_the_format_alone_or_for_nothing():
-    assert [
-        reward_of(rollout_of(9, 9), "", valid, False, args_of(reward="format")) for valid in (True, False)
-    ] == [1, -2]
-    coins = [
-        reward_of(rollout_of(9, 9), f"text {i}", True, i % 2 == 0, args_of(reward="random"))
-        for i in range(400)
-    ]
+    assert [reward_of("", valid, False, args_of(reward="format")) for valid in (True, False)] == [1, -2]
+    coins = [reward_of(f"text {i}", True, i % 2 == 0, args_of(reward="random")) for i in range(400)]
     assert set(coins) == {1, -1} and abs(sum(coins)) < 60  # 3 standard deviations
     assert abs(sum(coins[::2])) < 45  # whether right or not
-    again = [
-        reward_of(rollout_of(9, 9), f"text {i}", True, False, args_of(reward="random")) for i in range(400)
-    ]
+    again = [reward_of(f"text {i}", True, False, args_of(reward="random")) for i in range(400)]
     assert (
         coins
         == again
-        != [
-            reward_of(rollout_of(9, 9), f"text {i}", True, False, args_of(reward="random", seed=1))
-            for i in range(400)
-        ]
+        != [reward_of(f"text {i}", True, False, args_of(reward="random", seed=1)) for i in range(400)]
     )
 
 
