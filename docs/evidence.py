@@ -248,18 +248,26 @@ def best_temperature(found, name):
 
 
 def ladder_table(out):
-    """Accuracy and unbiased pass@k by rung."""
+    """Accuracy and unbiased pass@k by rung.  Answers are two digits, which 64 guesses can hit, so what
+    also counts is how many samples are right and sound.
+    """
+
+    def passed(problems, of, k):
+        return {q: pass_at(len(each), sum(map(of, each)), k) for q, each in problems.items()}
+
     rows = []
-    for folder in sorted((out / "evidence/ladder").glob("*"), key=lambda f: (f.name[0], len(f.name), f.name)):
-        greedy = judged(folder, "heldout-greedy")
-        for name, problems in judged(folder).items():
-            n = len(next(iter(problems.values())))
+    judgements = (file.parent for file in (out / "evidence/ladder").glob("*/eval.json"))
+    for folder in sorted(judgements, key=lambda f: (f.name[0], len(f.name), f.name)):
+        sampled, greedy = judged(folder), judged(folder, "heldout-greedy")
+        for name, problems in sampled.items():
             row = {"rung": folder.name, "checkpoint": STAGES.get(name, "SR, sequentially")}
             row["greedy %"] = percent(values(greedy[name]))
-            for k in (1, 4, 16, 64):
-                if k <= n:
-                    passed = {q: pass_at(n, sum(map(right, each)), k) for q, each in problems.items()}
-                    row[f"pass@{k} %"] = percent(passed)
+            for k in (1, 16, 64):
+                row[f"pass@{k} %"] = percent(passed(problems, right, k))
+            for k in (1, 64):
+                row[f"sound pass@{k} %"] = percent(passed(problems, sound, k))
+            gain = difference(passed(problems, right, 64), passed(sampled[BETA], right, 64))
+            row["pass@64 minus BETA's"] = "-" if name == BETA else gain
             rows.append(row)
     return markdown(rows)
 
