@@ -14,8 +14,8 @@ L = -(1 / sum_i |y_i|) sum_i sum_t min(r_it A_i, clip(r_it, 1 - 0.2, 1 + 0.28) A
     torchrun --nproc-per-node 2 stage1_zero.py    # data-parallel: same numbers, less time
 
 Difference from the paper:
-1. It grades violations in (-2, 0]; here every violation scores in [-2, -1.1], because a violation
-   milder than a wrong answer (-1) is worth committing, and the policy collapses into nearly valid.
+1. It grades violations in (-2, 0]; here every violation scores in [-2, -1.1]: where the answer is
+   wrong (-1), a milder violation would be worth committing.
 Differences from the PPO of RLHF, the first GRPO's, the rest DAPO's (arXiv 2503.14476):
 1. no critic: a response is compared with its group;
 2. the upper clip is wider than the lower, so that rare tokens can grow;
