@@ -119,14 +119,15 @@ $(WEIGHTS)/$(DONE): | $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-extra.txt
 	$(PY) tests/real_weights.py $(WEIGHTS)
 
-# of stage 3 the reward is a coin: after so few steps nothing is right yet, and where all earn alike nothing is learned
+# After so few steps nothing is in the format, and where all earn alike nothing is learned: stage 1 says so, of stage 3 the
+# reward is a coin.
 smoke-real: $(WEIGHTS)/$(DONE)
 	rm -rf $(REAL)/smol*
 	$(PY) tests/real_checkpoint.py $(REAL)
 	$(PY) stage0_model.py --init $(WEIGHTS) --out $(REAL)/smol0 --kind words --valid-share 0.6 \
 	  --steps 6 --batch-tokens 2048 --micro-batches 1 --lr 1e-4 --muon-lr 0
 	$(PY) stage1_zero.py --init $(REAL)/smol0 --out $(REAL)/smol1 --kind words \
-	  --steps 1 --prompts 2 --group-size 4 --updates 1 --max-rounds 1 --max-new-tokens 96 --recompute --micro-tokens 1024 --lr 1e-6
+	  --steps 1 --prompts 2 --group-size 4 --updates 1 --max-rounds 1 --max-new-tokens 96 --overlong-buffer 64 --recompute --micro-tokens 1024 --lr 1e-6
 	$(PY) stage2_beta.py --init $(REAL)/smol1 --out $(REAL)/smol2 --data $(REAL)/samples.jsonl --prompt-file $(REAL)/prompt.txt \
 	  --epochs 0.5 --batch-tokens 1024 --micro-tokens 1024 --lr 1e-4 --muon-lr 0 --recompute
 	$(PY) stage3_papo.py --init $(REAL)/smol2 --out $(REAL)/smol3 --kind words --reward random \
