@@ -218,9 +218,9 @@ $(OUT)/schema-filter/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) $(STALE) --schema-filter $(STAGE3)
 	touch $@
 
-# as many samples as stage 3 draws (96 steps of 24 x 12), imitated
+# as many samples as stage 3 draws in 40 of its 96 steps (of 24 x 12), imitated
 $(OUT)/rejection/$(DONE): $(OUT)/stage2/$(DONE)
-	$(RUN) stage2_beta.py --init $(OUT)/stage2 --out $(@D) $(STALE) --problems 2304 --samples 12 --keep 2 $(STAGE2)
+	$(RUN) stage2_beta.py --init $(OUT)/stage2 --out $(@D) $(STALE) --problems 960 --samples 12 --keep 2 $(STAGE2)
 	touch $@
 
 CONTROLS := stage3 random format schema-filter rejection stage3_seq

@@ -112,7 +112,7 @@ def test_a_sample_is_judged_where_no_checkpoint_is_named_and_what_is_said_still_
     assert args.checkpoints == ["x/stage0", "x/stage1", "x/stage2", "x/stage3"]
     assert (args.n, args.greedy, args.out) == (7, 120, "out/sample")
     named = judge.parse_args(["x/stage3"])
-    assert (named.n, named.greedy, named.out) == (1002, 501, "out")
+    assert (named.n, named.greedy, named.out) == (1002, 1002, "out")
 
 
 def test_shipping_halves_the_weights_and_they_are_still_computed_with_in_fp32(tmp_path, tokenizer):
