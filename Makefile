@@ -243,7 +243,7 @@ $(E)/hard/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 $(E)/votes/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage3_seq $(OUT)/stage3 --k 8 --n 501 --greedy 1 --timed 0 --out $(@D)
 
-# a reward for short critical paths: weights with seed 0, and the one that widens with more seeds
+# a reward for short critical paths: weights with seed 0, and one of them with more seeds
 WEIGHTS_OF_PATH := 0.5 1 2 4
 $(OUT)/path-%/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) $(STALE) --path-weight $* $(STAGE3)
@@ -253,8 +253,8 @@ $(E)/path/eval.json: $(OUT)/stage3/$(DONE) $(WEIGHTS_OF_PATH:%=$(OUT)/path-%/$(D
 	$(RUN) eval.py $(OUT)/stage3 $(WEIGHTS_OF_PATH:%=$(OUT)/path-%) --greedy 1002 --timed 0 --out $(@D)
 
 $(SEEDS_PATH): $(OUT)/seed%/path/eval.json: $(OUT)/seed%/eval.json
-	$(RUN) stage3_papo.py --init $(OUT)/seed$*/stage2 --out $(OUT)/seed$*/path-4 $(STALE) --path-weight 4 $(STAGE3) --seed $*
-	$(RUN) eval.py $(OUT)/seed$*/stage3 $(OUT)/seed$*/path-4 --greedy 1002 --timed 0 --out $(@D)
+	$(RUN) stage3_papo.py --init $(OUT)/seed$*/stage2 --out $(OUT)/seed$*/path-2 $(STALE) --path-weight 2 $(STAGE3) --seed $*
+	$(RUN) eval.py $(OUT)/seed$*/stage3 $(OUT)/seed$*/path-2 --greedy 1002 --timed 0 --out $(@D)
 
 # rung by rung, from what the corpus shows to what it never shows
 LADDER := chains-8 chains-10 chains-12 chains-14 chains-16 sums-3 sums-5 sums-6 sums-7 sums-8
