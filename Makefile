@@ -11,7 +11,7 @@
 # make bench   the engine against transformers' generate (DEVICE=cuda: Qwen3-4B and 0.6B on a GPU, ten minutes)
 # make seeds   stages 1-3 four times more, same base               make ladder   depth by depth, base to NPR and its sequential twin
 # make ablations   PAPO minus each of its ingredients              make figures  assets/figures, from logs and checkpoints
-# make evidence   every run and table of docs/results.md but the English one, a day of one core; README's table too
+# make evidence   every run and table of docs/results.md but the English one, ten hours of one core; README's table too
 # make ship    assets/npr-tiny from what was trained
 # make docs    the six files as annotated pages, out/site           make exercise N=1  write a function anew, N is 1 to 4
 # make clean   remove all of out/, your exercises too          OUT=out/big  write somewhere else, and clean that
@@ -244,7 +244,7 @@ $(E)/votes/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage3_seq $(OUT)/stage3 --k 8 --n 501 --greedy 1 --timed 0 --out $(@D)
 
 # a reward for short critical paths: weights with seed 0, and one of them with more seeds
-WEIGHTS_OF_PATH := 0.5 1 2 4
+WEIGHTS_OF_PATH := 2 4
 $(OUT)/path-%/$(DONE): $(OUT)/stage2/$(DONE)
 	$(RUN) stage3_papo.py --init $(OUT)/stage2 --out $(@D) $(STALE) --path-weight $* $(STAGE3)
 	touch $@
