@@ -1839,7 +1839,10 @@ def same_math(boxed, answer):
             return False  # as 9^9^9^9 is
         except (TypeError, ValueError, OverflowError):
             pass
-    return verify(*parsed, timeout_seconds=5, allow_set_relation_comp=True)
+
+    # math-verify takes a list for a set, so -2, -2 for -2; here a value is never a list
+    is_list = len(values) == 1 and "," in gold + given
+    return not is_list and verify(*parsed, timeout_seconds=5, allow_set_relation_comp=True)
 
 
 def same_choice(boxed, answer):

@@ -415,10 +415,11 @@ def memory(config, value, R, num_ranks, args):
 
     # The engine takes a quarter of what the weights leave free, and training has to do with the
     # rest; the smallest GPU on which it does gives the engine a third of that.
-    kv_width = config.num_key_value_heads * config.head_dim
-    most = MAX_KV_TOKENS * 2 * value * config.num_hidden_layers * kv_width
-    pool = min(most, (sum(parts.values()) - parts["weights"]) / 3)
-    return parts | {"the engine's keys and values": pool}
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of a token
+    parts["the engine's keys and values"] = min(
+        MAX_KV_TOKENS * value * numbers, (sum(parts.values()) - parts["weights"]) / 3
+    )
+    return parts
 
 
 def print_plan(args):
