@@ -627,10 +627,7 @@ STAGES = {
 
 
 def read_run(folder):
-    """{stage: (args, log)} of the stages in a run's folder, and its judgements [result, ..].
-
-    Raises UserError when a stage or eval.json is missing.
-    """
+    """{stage: (args, log)} of the stages in a run's folder.  Raises UserError when one is missing."""
     folder = Path(folder)
     stages = {}
     for stage in STAGES:
@@ -638,7 +635,7 @@ def read_run(folder):
         if not log.is_file():
             raise UserError(f"{log}: no such file; expected the folder of a run, e.g. out after make")
         stages[stage] = read_object(log.parent / "args.json", {}), read_jsonl(log)
-    return stages, read_judgements(folder)
+    return stages
 
 
 def read_judgements(folder):
@@ -676,8 +673,8 @@ def data_of(stage, args, folder):
 
 def draw_pipeline(folder):
     """The four stages from left to right: model, data, objective, minutes, accuracy."""
-    stages, results = read_run(folder)
-    accuracy = {name_of(result): result for result in results}
+    stages = read_run(folder)
+    accuracy = {name_of(result): result for result in read_judgements(folder)}
     wide = 222
     picture = Picture(1000, 358, "The four stages")
     for i, (stage, (number, name, objective)) in enumerate(STAGES.items()):
@@ -860,9 +857,12 @@ PANELS = (
 
 
 def draw_curves(folder):
-    """What the stages logged step by step; the same curves of other seeds are thin."""
-    stages, results = read_run(folder)
-    base = next((result for result in results if name_of(result) == "stage0, format"), None)
+    """What the stages logged step by step; the same curves of other seeds are thin.  Dotted: the
+    base, if it has been judged.
+    """
+    stages = read_run(folder)
+    judged = read_object(Path(folder) / "eval.json", {}).get("checkpoints", [])
+    base = next((result for result in judged if name_of(result) == "stage0, format"), None)
     others = sorted(Path(folder).glob("seed*"))
     picture = Picture(1000, 672, "Learning curves of the stages")
     for i, (stage, curves, axis, share) in enumerate(PANELS):
