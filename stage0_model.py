@@ -1825,6 +1825,15 @@ def same_math(boxed, answer):
     if "," in gold and "," in given and any(bracketed) and not all(bracketed):
         return False
 
+    # math-verify takes no notice of case, so M / m would be 1: a capital gets a name of its own, the
+    # same in both answers, where its small letter stands in one of them too.
+    letters = set(re.sub(r"\\[A-Za-z]+", "", gold + given))
+    unused = iter(sorted(set("abchkpquvwz") - letters))
+    names = {c: next(unused, c) for c in sorted(letters) if c.isupper() and c.lower() in letters}
+    gold, given = (
+        re.sub(r"\\[A-Za-z]+|[A-Z]", lambda m: names.get(m[0], m[0]), text) for text in (gold, given)
+    )
+
     # Numbers are compared here, because math-verify rounds to six places behind the point; and what
     # differs at one point is not the same, which saves the work of simplifying it.
     parsed = [read_math(gold), read_math(given)]
