@@ -1825,8 +1825,8 @@ def same_math(boxed, answer):
     if "," in gold and "," in given and any(bracketed) and not all(bracketed):
         return False
 
-    # math-verify takes no notice of case, so M / m would be 1: a capital gets a name of its own, the
-    # same in both answers, where its small letter stands in one of them too.
+    # math-verify takes no notice of case, so M / m would be 1: a capital gets a name of its own,
+    # the same in both answers, where its small letter stands in one of them too.
     letters = set(re.sub(r"\\[A-Za-z]+", "", gold + given))
     unused = iter(sorted(set("abchkpquvwz") - letters))
     names = {c: next(unused, c) for c in sorted(letters) if c.isupper() and c.lower() in letters}
