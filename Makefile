@@ -225,7 +225,7 @@ $(OUT)/rejection/$(DONE): $(OUT)/stage2/$(DONE)
 
 CONTROLS := stage3 random format schema-filter rejection stage3_seq
 $(E)/controls/eval.json: $(CONTROLS:%=$(OUT)/%/$(DONE))
-	$(RUN) eval.py $(CONTROLS:%=$(OUT)/%) --greedy 1002 --timed 0 --out $(@D)
+	$(RUN) eval.py $(CONTROLS:%=$(OUT)/%) --timed 0 --out $(@D)
 
 # where stage 2 starts: from ZERO, or as the authors' script does from the base, on the same samples
 $(OUT)/stage2_base/$(DONE): $(OUT)/stage2/$(DONE)
@@ -233,7 +233,7 @@ $(OUT)/stage2_base/$(DONE): $(OUT)/stage2/$(DONE)
 	touch $@
 
 $(E)/starts/eval.json: $(OUT)/stage2/$(DONE) $(OUT)/stage2_base/$(DONE)
-	$(RUN) eval.py $(OUT)/stage2 $(OUT)/stage2_base --greedy 1002 --timed 0 --out $(@D)
+	$(RUN) eval.py $(OUT)/stage2 $(OUT)/stage2_base --timed 0 --out $(@D)
 
 # chains and sums longer than any in training, countdowns with one good first move, against the sequential twin
 $(E)/hard/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
@@ -250,11 +250,11 @@ $(OUT)/path-%/$(DONE): $(OUT)/stage2/$(DONE)
 	touch $@
 
 $(E)/path/eval.json: $(OUT)/stage3/$(DONE) $(WEIGHTS_OF_PATH:%=$(OUT)/path-%/$(DONE))
-	$(RUN) eval.py $(OUT)/stage3 $(WEIGHTS_OF_PATH:%=$(OUT)/path-%) --greedy 1002 --timed 0 --out $(@D)
+	$(RUN) eval.py $(OUT)/stage3 $(WEIGHTS_OF_PATH:%=$(OUT)/path-%) --timed 0 --out $(@D)
 
 $(SEEDS_PATH): $(OUT)/seed%/path/eval.json: $(OUT)/seed%/eval.json
 	$(RUN) stage3_papo.py --init $(OUT)/seed$*/stage2 --out $(OUT)/seed$*/path-2 $(STALE) --path-weight 2 $(STAGE3) --seed $*
-	$(RUN) eval.py $(OUT)/seed$*/stage3 $(OUT)/seed$*/path-2 --greedy 1002 --timed 0 --out $(@D)
+	$(RUN) eval.py $(OUT)/seed$*/stage3 $(OUT)/seed$*/path-2 --timed 0 --out $(@D)
 
 # rung by rung, from what the corpus shows to what it never shows
 LADDER := chains-8 chains-10 chains-12 chains-14 chains-16 sums-3 sums-5 sums-6 sums-7 sums-8

@@ -224,11 +224,11 @@ def time_to_answer(contestants, problems, args):
     """
     seconds = [[] for _ in contestants]
     order = problems[: args.timed + 1] if args.timed else []
-    on_gpu = contestants[0][0].model.device.type == "cuda"
-    warm = len(order) if on_gpu else 1
+    passes = 2 if contestants[0][0].model.device.type == "cuda" else 1
+    warm = len(order) if passes == 2 else 1
 
     # a contestant's turn: one answer, alone
-    for problem in tqdm(order * (1 + on_gpu), desc="time to answer", leave=False):
+    for problem in tqdm(order * passes, desc="time to answer", leave=False):
         for (engine, mode), times in zip(contestants, seconds):
             began = time.perf_counter()
             decode(engine, [problem], mode, args, temperature=0.0, progress=False)

@@ -211,7 +211,7 @@ def temperatures_table(out):
 
     # The best of each by those problems, on held-out ones, seeds 0, 1 ..: the base has but one.
     sampled, _ = seeds_of(out)
-    best = [judged(folder) for folder in by_seed(out, "best")]
+    best = by_seed(out, "best")
     for name in (BASE, BETA):
         pairs = [(run[NPR], there[name]) for run, there in zip(sampled, best) if name in there]
         if not pairs:
@@ -224,13 +224,12 @@ def temperatures_table(out):
     return text
 
 
-def by_seed(out, name):
-    """Folders of one evaluation with each seed, in the order of `seeds_of`.
-
-    One that has not ended is where nothing is: `judged` finds {} there.
+def by_seed(out, name, problems="heldout"):
+    """What was `judged` in one evaluation with each seed, in the order of `seeds_of`; {} where it has
+    not ended.
     """
     folders = [(out / "evidence" if folder == out else folder) / name for folder in seed_folders(out)]
-    return [folder if (folder / "eval.json").is_file() else folder / "not" for folder in folders]
+    return [judged(folder, problems) if (folder / "eval.json").is_file() else {} for folder in folders]
 
 
 def temperatures(out):
@@ -370,8 +369,7 @@ def path_table(out):
     """What a reward for a short critical path buys, by its weight, greedily: every weight with the
     first seed, then the means of all seeds for the weights that were trained with all.
     """
-    judgements = [judged(folder, "heldout-greedy") for folder in by_seed(out, "path")]
-    judgements = [judgement for judgement in judgements if judgement]
+    judgements = [judgement for judgement in by_seed(out, "path", "heldout-greedy") if judgement]
     runs = []  # (seeds, weight, {problem: rows} of each seed, the same of w = 0)
     for seeds in sorted({1, len(judgements)}):
         held = judgements[:seeds]

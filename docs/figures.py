@@ -791,7 +791,8 @@ def draw_accuracy(folder):
 
     picture = Picture(1000, 470, "Accuracy against critical path")
     picture.text(24, 34, "How often right, and how soon", "fg bold", 18)
-    words = "Filled: decoded in parallel. Hollow: one token after another. One run, one sample each at T = 1."
+    words = "Filled: decoded in parallel. Hollow: one token after another. Bars: 95 % intervals."
+    words += " One run, one sample each at T = 1."
     picture.text(24, 56, words, "dim", 13)
 
     # Both ends of each interval, upper one first: the axis has to span them.
@@ -861,7 +862,7 @@ def draw_curves(folder):
     base, if it has been judged.
     """
     stages = read_run(folder)
-    judged = read_object(Path(folder) / "eval.json", {}).get("checkpoints", [])
+    judged = read_judgements(folder) if (Path(folder) / "eval.json").is_file() else []
     base = next((result for result in judged if name_of(result) == "stage0, format"), None)
     others = sorted(Path(folder).glob("seed*"))
     picture = Picture(1000, 672, "Learning curves of the stages")
