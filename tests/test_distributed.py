@@ -190,6 +190,15 @@ def test_shares_put_together_are_the_list(monkeypatch):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_a_rank_without_a_document_has_no_batch(monkeypatch, tokenizer):
+    args = stage0.parse_args(["--batch-tokens", "1"])  # one document is enough
+    drawn = {}
+    for rank in range(2):
+        monkeypatch.setattr(stage0, "ranks", lambda rank=rank: (rank, 2))
+        drawn[rank] = [len(ids) for ids, _ in stage0.corpus_batches(tokenizer, args, step=1)]
+    assert drawn == {0: [1], 1: []}
+
+
 def updates(rank, world, port, folder, muon_lr):
     """Five updates on one batch, a resume point after three; {tensor: value} and the numbers of state
     that this rank holds go to <folder>/<world>-<rank>.pt."""
