@@ -19,7 +19,7 @@ if it were alone; the trunk goes on one after the longest branch.  The engine it
 closed: these tokens are *forced*, everything else is sampled.
 
     python engine.py                                        # decode a built-in question, draw it
-    python engine.py --init out/stage3 "2 7 9 22 make 42?"  # or this one
+    python engine.py --init out/stage3 "A:12+5*3 B:40-7*2 largest modulo 100?"  # or this one
 
 Read sections 1 to 6 for every idea; section 7 is the same on a GPU, faster.
 """
