@@ -2611,13 +2611,16 @@ def save_adapter(model, tokenizer, R, base, path):
     write_json(path / "adapter_config.json", config)
 
 
-def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0):
+def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0, tag_rows=(), tag_lr=0.0):
     """AdamW on all that is trained; with muon_lr > 0, Muon on the layers' matrices and AdamW on the
     rest.
 
     gain_factor: the last norm's gains, which are the scale of the logits, learn so many times
     faster.  They are of size 1 where a matrix's entries are of 0.05, so at the same rate they
     hardly move; and every token has a say in each, so their gradient is the least noisy of all.
+
+    tag_rows: new rows of the embedding, and of an untied output matrix.  They learn at tag_lr times
+    the size of their entries (root mean square), where that is more than lr.
 
     A weight that is not fp32 gets an fp32 master: added to a bf16 weight, a step of less than 1/256
     of it is rounded away.  Backward adds its gradients up in the master's, the optimizers step the
@@ -2648,7 +2651,25 @@ def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0):
     if muon_lr:
         groups = [{"params": matrices, "lr": muon_lr, "base_lr": muon_lr}]
         optimizers.append(shared_out(torch.optim.Muon, groups, weight_decay=0.01))
+
+    # AdamW moves an entry by about the rate, whatever its gradient.  At 1e-4 a new row, of entries
+    # of size 0.1, is after a hundred updates where it started: a pretrained model has to learn that
+    # slowly so that it forgets nothing, but a new row has nothing to forget.
+    rows = torch.tensor(tag_rows, dtype=torch.long, device=model.device)
+    for name in rest:
+        if len(rows) and name.startswith(("model.embed_tokens", "lm_head")):
+            size = rest[name].detach()[rows].square().mean().sqrt().item()
+            hasten(optimizers[0], rest[name].detach(), rows, max(1.0, tag_lr * size / lr))
     return optimizers
+
+
+def hasten(optimizer, p, rows, factor):
+    """Every step of the optimizer moves these rows of p `factor` times as far."""
+    before = []
+    optimizer.register_step_pre_hook(lambda *_: before.append(p[rows]))
+    optimizer.register_step_post_hook(
+        lambda *_: p.index_add_(0, rows, (factor - 1) * (p[rows] - before.pop()))
+    )
 
 
 def shared_out(kind, groups, **settings):

@@ -217,7 +217,8 @@ def add_tag_tokens(model, tokenizer):
     over the tokens that it was spelled with: `</plan>` as the mean of `</`, `plan` and `>`.
 
     Spare embedding rows are used first (Qwen3 has 267 of them); the matrices grow only when they
-    must, and never shrink.  A tokenizer that already has the tags is left alone.
+    must, and never shrink.  A tokenizer that already has the tags is left alone.  Returns the ids
+    of the tags that are new.
     """
     vocabulary = tokenizer.get_vocab()
     spelled = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in TAGS if tag not in vocabulary}
@@ -234,6 +235,7 @@ def add_tag_tokens(model, tokenizer):
         for tag, ids in spelled.items():
             matrix.weight[tokenizer.convert_tokens_to_ids(tag)] = matrix.weight[ids].mean(0)  # (C,)
     model.config.vocab_size = model.model["embed_tokens"].weight.shape[0]
+    return [tokenizer.convert_tokens_to_ids(tag) for tag in spelled]
 
 
 def encode_response(tokenizer, text, sequential):
@@ -313,6 +315,7 @@ ARGUMENTS = (
     ("--micro-tokens",    natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
     ("--lr",              positive_float, 2e-3,         "peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model"),
     ("--muon-lr",         not_negative,   2e-3,         "peak Muon learning rate of the matrices; 0: AdamW does it all"),
+    ("--tag-lr",          not_negative,   0.02,         "new tags learn at this times the size of their rows' entries, if that is above --lr"),
     ("--lora",            natural_int,    0,            "R: train adapters of that rank, at about ten times the rate; 0: all weights"),
     ("--recompute",       bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
     ("--dtype",           DTYPES,         "auto",       "of the weights; auto: what config.json says"),
@@ -354,7 +357,7 @@ def main():
 
     # ---- tag tokens: the engine forks and joins on single tokens, so responses must have them ----
     model, tokenizer = start
-    add_tag_tokens(model.to(device), tokenizer)
+    new = add_tag_tokens(model.to(device), tokenizer)
     examples = []
     learned = []  # of each example, (T,) bool: True where a token of its response carries loss
     for number, row in enumerate(rows):
@@ -372,7 +375,8 @@ def main():
     # ---- train: the optimizers are made only now, because new tokens can mean new parameters ----
     if args.lora:
         add_adapters(model, tokenizer, args.lora, args.seed)
-    optimizers = make_optimizers(model, args.lr, args.muon_lr)
+        new = list(range(len(new)))  # of the embedding only the tags' rows are trained
+    optimizers = make_optimizers(model, args.lr, args.muon_lr, tag_rows=new, tag_lr=args.tag_lr)
     if args.recompute:
         recompute_activations(model)
     first = run.start(model, optimizers)

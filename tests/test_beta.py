@@ -41,7 +41,8 @@ def test_tags_become_single_tokens_that_start_as_the_mean_of_their_spelling(
     model = random_model(V + spare, tie_word_embeddings=tied)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     spelling = tokenizer.encode("</plan>")
-    add_tag_tokens(model, tokenizer)
+    added = add_tag_tokens(model, tokenizer)
+    assert sorted(added) == sorted(tag_token_ids(tokenizer).values()) == stage0.tag_rows(tokenizer)
     assert len(spelling) == 3 and tokenizer.encode("</plan>") == [tag_token_ids(tokenizer)["</plan>"]]
     assert tokenizer.encode("12") == plain_tokenizer.encode("12")  # no other id moved
     assert tokenizer.decode(tokenizer.encode(RESPONSE), skip_special_tokens=True) == RESPONSE
@@ -56,7 +57,7 @@ def test_tags_become_single_tokens_that_start_as_the_mean_of_their_spelling(
     stage0.save(model, tokenizer, tmp_path / "tagged")
     again, tokenizer = stage0.load(tmp_path / "tagged")
     state = copy.deepcopy(again.state_dict())
-    add_tag_tokens(again, tokenizer)  # a tokenizer that has the tags is left alone
+    assert add_tag_tokens(again, tokenizer) == []  # a tokenizer that has the tags is left alone
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
 
 
@@ -161,6 +162,32 @@ def test_a_run_killed_within_an_epoch_ends_with_the_weights_of_an_uninterrupted_
     log = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(1, len(log) + 1))
     assert log[9]["epoch"] == log[10]["epoch"] == 1  # resumed after step 10, in the second epoch
+
+
+@pytest.mark.parametrize("flags", ["", "--tag-lr 0", "--lora 2"])
+def test_new_tags_learn_at_a_rate_of_their_own_where_the_models_is_low(
+    tmp_path, monkeypatch, plain_tokenizer, flags
+):
+    """Twenty updates, which warm up and fall: at 1e-5 no entry can move by more than 2e-4."""
+    model = random_model(len(plain_tokenizer))
+    stage0.save(model, plain_tokenizer, tmp_path / "plain")
+    rows = [{"problem": f"{i}*2 total?", "response": RESPONSE} for i in range(2)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "data"))
+    command = (
+        f"stage2 --init {tmp_path}/plain --data {tmp_path}/data --out {tmp_path}/out --epochs 20 --lr 1e-5"
+    )
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--muon-lr", "0", "--device", "cpu", *flags.split()])
+    stage2_beta.main()
+
+    # where they started: grown and filled by the same function
+    again, tokenizer = stage0.load(tmp_path / "plain")
+    new = add_tag_tokens(again, tokenizer)
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        moved = (trained[name] - again.state_dict()[name]).abs()
+        others = moved.index_fill(0, torch.tensor(new), 0).max()
+        assert others < 2e-4
+        assert (moved[new].max() > 20 * 2e-4) == (flags != "--tag-lr 0")
 
 
 def test_samples_in_the_folder_that_the_run_writes_are_refused(tmp_path):

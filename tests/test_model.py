@@ -1,5 +1,6 @@
 """The model and its checkpoints against transformers' Qwen3, Qwen2 and Llama; the errors of a wrong one."""
 
+import copy
 import json
 import random
 
@@ -277,6 +278,43 @@ def test_gain_factor_speeds_up_the_gains_of_the_last_norm_and_nothing_else(dtype
         # the first step of Adam is the learning rate, whatever the gradient
         moved = (p.detach() - before[name]).abs().max().item()
         assert moved == pytest.approx(5e-3 if name == "model.norm.weight" else 1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_learn_at_a_rate_of_their_size_and_all_else_moves_as_without_them(dtype, tied):
+    plain = random_model(64, tie_word_embeddings=tied).to(dtype)
+    model = copy.deepcopy(plain)
+    before = {name: p.detach().float().clone() for name, p in plain.named_parameters()}
+    for each, settings in ((plain, {}), (model, {"tag_rows": [9, 40], "tag_lr": 0.1})):
+        optimizers = stage0.make_optimizers(each, 1e-3, **settings)
+        each(torch.arange(60).reshape(2, 30)).float().square().mean().backward()
+        stage0.update(each, optimizers)
+    matrices = ("model.embed_tokens.weight", "lm_head.weight")
+    others = stage0.trained(plain)
+    for name, p in stage0.trained(model).items():
+        moved = (p - before[name]).abs()
+        if name in matrices:
+            # the first step of Adam is the learning rate, whatever the gradient
+            rate = 0.1 * (before[name][[9, 40]] ** 2).mean() ** 0.5
+            assert moved[[9, 40]].median().item() == pytest.approx(rate.item(), rel=0.01)
+        kept = torch.ones_like(moved, dtype=torch.bool)
+        kept[[9, 40] if name in matrices else []] = False
+        assert torch.equal(p[kept], others[name][kept])
+
+
+@pytest.mark.parametrize("tag_lr", [0.0, 1e-3])
+def test_new_rows_never_learn_more_slowly_than_the_rest(tag_lr):
+    weights = []
+    for rows in ([], [9, 40]):
+        model = random_model(64)
+        optimizers = stage0.make_optimizers(model, 1e-3, tag_rows=rows, tag_lr=tag_lr)
+        for step in range(3):
+            ids = torch.randint(0, 64, (2, 30), generator=torch.Generator().manual_seed(step))
+            model(ids).square().mean().backward()
+            stage0.update(model, optimizers)
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_the_device_that_is_asked_for_becomes_the_current_one(monkeypatch):
