@@ -143,9 +143,9 @@ REAL_SIZE := --kind words --max-new-tokens 800 --dtype bfloat16 --micro-tokens 1
 words: $(if $(filter $(WEIGHTS),$(INIT)),$(WEIGHTS)/$(DONE))
 	$(MAKE) --no-print-directory OUT=$(W) \
 	  STAGE0="--init $(INIT) --kind words --steps 240 --micro-batches 5 --valid-share 0.6 --lr 1e-4 --muon-lr 0 --save-every 20 $(STAGE0)" \
-	  STAGE1="$(REAL_SIZE) --steps 20 --prompts 8 --group-size 6 --updates 2 --max-rounds 2 --lr 1e-5 $(STAGE1)" \
+	  STAGE1="$(REAL_SIZE) --steps 20 --prompts 8 --group-size 6 --updates 2 --max-rounds 2 --lr 2e-5 $(STAGE1)" \
 	  STAGE2="$(REAL_SIZE) --problems 240 --epochs 2 --lr 1e-4 --muon-lr 0 --save-every 20 $(STAGE2)" \
-	  STAGE3="$(REAL_SIZE) --steps 20 --prompts 8 --group-size 8 --lr 1e-5 --gain-factor 10 $(STAGE3)" \
+	  STAGE3="$(REAL_SIZE) --steps 20 --prompts 8 --group-size 8 --lr 2e-5 --gain-factor 10 $(STAGE3)" \
 	  EVAL="--kind words --max-new-tokens 1000 --n 160 --greedy 80 $(EVAL)" $(W)/compared/eval.json $(W)/timed/eval.json
 
 # how good, and how long until the answer: against the twin, and against its own weights one token at a time
