@@ -2659,7 +2659,8 @@ def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0, 
     for name in rest:
         if len(rows) and name.startswith(("model.embed_tokens", "lm_head")):
             size = rest[name].detach()[rows].square().mean().sqrt().item()
-            hasten(optimizers[0], rest[name].detach(), rows, max(1.0, tag_lr * size / lr))
+            if tag_lr * size > lr:
+                hasten(optimizers[0], rest[name].detach(), rows, tag_lr * size / lr)
     return optimizers
 
 
