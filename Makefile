@@ -192,7 +192,7 @@ $(OUT)/ablations/%/$(DONE): $(OUT)/stage2/$(DONE)
 # ---- evidence: every run and judgement behind docs/results.md, each resumable ----
 
 E := $(OUT)/evidence
-evidence: seeds $(E)/best/eval.json $(SEEDS_BEST) $(E)/hard/eval.json $(E)/controls/eval.json $(E)/starts/eval.json \
+evidence: seeds $(E)/best-base/eval.json $(E)/best/eval.json $(SEEDS_BEST) $(E)/hard/eval.json $(E)/controls/eval.json $(E)/starts/eval.json \
   $(E)/votes/eval.json $(E)/path/eval.json $(SEEDS_PATH) ladder
 	$(PY) docs/evidence.py $(OUT)
 
@@ -201,9 +201,9 @@ TEMPERATURES := 0.2 0.4 0.6 0.8 1.0 1.2
 $(E)/temperature/%/eval.json: $(OUT)/stage3/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage2 $(OUT)/stage3 --split tune --n 300 --temperature $* --greedy 1 --timed 0 --out $(@D)
 
-$(E)/best/eval.json: $(TEMPERATURES:%=$(E)/temperature/%/eval.json)
-	for stage in stage0=plain stage2; do \
-	  $(RUN) eval.py $(OUT)/$$stage --temperature $$($(PY) docs/evidence.py $(OUT) --best $${stage%=*}) --greedy 1 --timed 0 --out $(@D) || exit; done
+$(E)/best-base/eval.json $(E)/best/eval.json: $(TEMPERATURES:%=$(E)/temperature/%/eval.json)
+	$(RUN) eval.py $(OUT)/$(if $(filter best-base,$(notdir $(@D))),stage0=plain,stage2) --greedy 1 --timed 0 --out $(@D) \
+	  --temperature $$($(PY) docs/evidence.py $(OUT) --best $(if $(filter best-base,$(notdir $(@D))),stage0,stage2))
 
 $(SEEDS_BEST): $(OUT)/seed%/best/eval.json: $(OUT)/seed%/eval.json $(E)/best/eval.json
 	$(RUN) eval.py $(OUT)/seed$*/stage2 --temperature $$($(PY) docs/evidence.py $(OUT) --best stage2) --greedy 1 --timed 0 --out $(@D)

@@ -271,8 +271,8 @@ def token_logprobs(model, ids, layout=None):
 
     ids (B, T) -> two (B, T) fp32 tensors; entry t is of ids[:, t], column 0 is zero.  The entries
     of <takeaway> and of a branch's first token (but branch 1's) mean nothing: the token before them
-    in this order knows one branch only, and not the right one.  The engine forces both, so they
-    carry no loss, except under stage 3's --count-forced.
+    in this order is the end of another branch.  The engine forces both, so they carry no loss,
+    except under stage 3's --count-forced.
     """
 
     def score(x, target):  # (M, C), (M,) -> (M,), (M,)
@@ -400,7 +400,8 @@ class Book:
         self.num_tips, self.length, self.steps = np.zeros((3, n), dtype=np.int64)
 
         # Its row of the KV memory: tokens that lie in it before this step feeds more, and slots
-        # left free before the first.  All samples of a prompt are a group, numbered as its first.
+        # left free before the first, so that short prompts end where the longest does.  All samples
+        # of a prompt are a group, numbered as its first.
         self.fed, self.margin, self.group = np.zeros((3, n), dtype=np.int64)
 
         # Every request begins with its prompt, and draws its random numbers up front.
@@ -1097,7 +1098,7 @@ class ModelRunner:
     def find_prompts(self, group, rows, margin, of):
         """Where a step reads each prompt, for which tokens.  group, rows, margin (R,): of each
         request; of (N,): whose each token is."""
-        _, holders, group = np.unique(group, True, True)
+        _, holders, group = np.unique(group, return_index=True, return_inverse=True)
         order = np.argsort(group[of], kind="stable")
         self.by_group = torch.from_numpy(order)  # (N,) the tokens of one group after another
         self.by_token = torch.from_numpy(np.argsort(order))  # (N,) the way back
@@ -1180,8 +1181,9 @@ class ModelRunner:
             if not self.shared:
                 return by_token(F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias))
 
-            # One softmax over the prompt and what came after it, made of the two over each.  Their
-            # weights are as the sums of exponentials that they were divided by.
+            # One softmax over the prompt and what came after it, made of the two over each.  Each
+            # was divided by its own sum of exponentials, exp(lse), and these sums are the weights:
+            # the prompt's is exp(lse_prompt) / (exp(lse_prompt) + exp(lse)), which is a sigmoid.
             out, lse = flash_attention(rows, keys, values, attn_mask=bias)
             out_prompt, lse_prompt = self.look_at_prompts(layer, q[0])
             share = (lse_prompt - by_token(lse[..., None])).sigmoid()  # (1, N, H, 1)

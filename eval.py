@@ -81,8 +81,8 @@ def judge_all(problems, rollouts, tokenizer):
 
 
 def parts_of(problem):
-    """How many parts a made problem has: its chains, its terms, or the first moves that lead to a
-    countdown's target.  None for a real problem.
+    """How many parts a made problem has: its chains, its terms, the first moves that lead to a
+    countdown's target, the people of a story, or the things on sale.  None for a real problem.
     """
     return len(problem.parts.get("labels", [])) or problem.parts.get("leading")
 

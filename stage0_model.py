@@ -13,8 +13,8 @@ Equation: next-token loss on responses, L = -(1/N) sum_t log p(x_t | x_<t).
 
 Shapes, in all files: B rows of a batch, T tokens, N packed or learned tokens, H query heads, H_kv
 key/value heads, D head dim, C hidden width, V vocabulary, G group size (responses to one question),
-M branch tips or query rows of a tile, R KV rows (in stages 1 and 3 the rewards of a group), Q new
-tokens of a row, S slots, W splits.
+M branch tips or query rows of a tile, R KV rows (in stages 1 and 3 the rewards of a group, of
+adapters the rank), Q new tokens of a row, S slots, W splits.
 """
 
 import argparse
@@ -1145,7 +1145,8 @@ def new_model(args):
         intermediate_size=3 * args.hidden_size,
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden_size // 32,
-        num_key_value_heads=max(1, args.hidden_size // 128),
+        # as many query heads to each, whatever the width
+        num_key_value_heads=math.gcd(args.hidden_size // 32, max(1, args.hidden_size // 128)),
         eos_token_id=tokenizer.eos_token_id,
     )
     return Qwen3(config), tokenizer
@@ -1728,6 +1729,7 @@ SPELLINGS = (
     (r"\\[cl]?dots[a-z]?|\.\.\.+", r"\\ldots"),
     (r"\\varnothing", r"\\emptyset"),
     (r"(?<=\d)(?:\\[,;: ]|~|\{,\}| )\s*(?=\d{3}(?!\d))", ""),  # 10\,000
+    *[(r"(=\s*-?\d+),(?=\d{3}(?:,\d{3})*$)", r"\1")] * 3,  # n = 1,234,567
     (r"(?<=\d)\.(?!\d)", ""),  # 5. and -1./3
     (r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),
     (r"\b(?:np|math)\.(?=[a-z])", r"\\"),
@@ -1745,8 +1747,12 @@ SPELLINGS = (
 
 # What is one answer letter by letter: 21_8, 1, 2, \ldots, BCAD, \text{east}.
 LITERAL = re.compile(rf"\d+_\d+|.*\\ldots.*|[A-Z]{{2,}}|{FONT}\{{.*\}}", re.S)
-ASSIGNMENT = re.compile(r"\s*(\\?[A-Za-z]+(?:_\{[^{}]*\}|_\w|\([a-z]\))?)\s*=([^=,;]*)")
+ASSIGNMENT = re.compile(
+    rf"\s*((?:\\?[A-Za-z]+|{FONT}\{{\w+\}})(?:_\{{[^{{}}]*\}}|_\w)?(?:\([^()=]*\))?)\s*=([^=,;]*)"
+)
 EQUALS = re.compile(r"(?<![<>!])=")
+# a comma in f(2, 3) or S_{1,2} separates no answers
+ARGUMENT_LIST = re.compile(r"(?<=[A-Za-z}])\([^()]*\)|_\{[^{}]*\}")
 
 
 def as_latex(text):
@@ -1806,19 +1812,21 @@ def same_math(boxed, answer):
 
     if len(boxed) > 1000:
         return False
-    gold = as_latex(answer)
-    given = as_latex(boxed)
+    gold, given = (as_latex(text) for text in (answer, boxed))
     if as_word(gold) == as_word(given):
         return bool(given)
     if LITERAL.fullmatch(gold) or LITERAL.fullmatch(given):
         return False
 
-    # k = 5 is as good as 5; but the equation of a line is not what stands on its right
-    if bool(EQUALS.search(gold)) != bool(EQUALS.search(given)) and "," not in gold + given:
-        assigned = ASSIGNMENT.fullmatch(gold) or ASSIGNMENT.fullmatch(given)
-        if not assigned or (assigned[1] == "y" and "x" in assigned[2]):
+    # k = 5 is as good as 5, and as K = 5; but the equation of a line is not what its right side is
+    listed = "," in ARGUMENT_LIST.sub("", gold) + ARGUMENT_LIST.sub("", given)
+    assigned = [match for text in (gold, given) if (match := ASSIGNMENT.fullmatch(text))]
+    if bool(EQUALS.search(gold)) != bool(EQUALS.search(given)) and not listed:
+        if not assigned or (assigned[0][1] == "y" and "x" in assigned[0][2]):
             return False
         gold, given = (text.rpartition("=")[2] for text in (gold, given))
+    elif len(assigned) == 2 and assigned[0][1].casefold() == assigned[1][1].casefold():
+        gold, given = (match[2] for match in assigned)
 
     # a point, or an interval, is not the set of the same two numbers
     bracketed = ["," in text and text[:1] + text[-1:] == "()" for text in (gold, given)]
@@ -1850,8 +1858,9 @@ def same_math(boxed, answer):
             pass
 
     # math-verify takes a list for a set, so -2, -2 for -2; here a value is never a list
-    is_list = len(values) == 1 and "," in gold + given
-    return not is_list and verify(*parsed, timeout_seconds=5, allow_set_relation_comp=True)
+    return not (len(values) == 1 and listed) and verify(
+        *parsed, timeout_seconds=5, allow_set_relation_comp=True
+    )
 
 
 def same_choice(boxed, answer):
@@ -2215,8 +2224,11 @@ RUN_FILES = (
 
 # Settings that may change when a run goes on: where it computes, how often it saves, and where
 # files lie.  What was read is compared by its content.
-NO_DIFFERENCE = {"out", "device", "save_every", "micro_tokens", "recompute", "track", "plan"}
-NO_DIFFERENCE |= {"init", "start", "data", "prompt_file"}
+NO_DIFFERENCE = {
+    *("out", "device", "save_every", "micro_tokens", "recompute", "track", "plan"),
+    *("init", "start", "data", "prompt_file"),
+}
+RATES = ("lr", "muon_lr", "tag_lr")  # what a run that diverged may go on with less of
 
 
 def fingerprint(value):
@@ -2326,7 +2338,7 @@ class Run:
         Exits where it is finished; raises UserError where it must not be touched.
         """
         there = read_object(self.path / "args.json", {})
-        free = NO_DIFFERENCE | ({"lr", "muon_lr"} if self.stopped.is_file() else set())
+        free = NO_DIFFERENCE | (set(RATES) if self.stopped.is_file() else set())
         changed = [
             f"--{key.replace('_', '-')} {there.get(key)}, now {value}"
             for key, value in settings.items()
@@ -2455,9 +2467,10 @@ class Run:
                 # the sign by which `compare` lets a lower rate go on
                 if self.writes:
                     write_text(self.stopped, f"{key} {row[key]} at step {row['step']}\n")
-                lower = f"--lr {self.args.lr / 2:g}"
-                if getattr(self.args, "muon_lr", 0):
-                    lower += f" --muon-lr {self.args.muon_lr / 2:g}"
+                rates = {name: getattr(self.args, name, 0) for name in RATES}
+                lower = " ".join(
+                    f"--{name.replace('_', '-')} {rates[name] / 2:g}" for name in rates if rates[name]
+                )
                 raise UserError(
                     f"{key} is {row[key]} at step {row['step']}; {self.path} keeps its last finite state: "
                     f"the same command with a lower rate goes on from it, e.g. {lower}"
@@ -2635,11 +2648,15 @@ def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0, 
         if p.dtype != torch.float32 and not hasattr(p, "parts"):
             add_master(name, p)
 
-    # Muon steps matrices inside the layers; embeddings, norms and the output matrix are AdamW's
+    # Muon steps matrices inside the layers; embeddings, norms and the output matrix are AdamW's, as
+    # are adapters, whose two factors are no matrix that the model multiplies by
     rest = trained(model)
     gain = [rest.pop(name) for name in ("model.norm.weight",) if name in rest]
-    inside = [name for name in rest if name.startswith("model.layers.") and rest[name].dim() == 2]
-    matrices = [rest.pop(name) for name in inside if muon_lr]
+    matrices = [
+        rest.pop(name)
+        for name, p in list(rest.items())
+        if muon_lr and p.dim() == 2 and name.startswith("model.layers.") and ".lora_" not in name
+    ]
     gain_lr = gain_factor * lr
 
     # schedules are factors of each group's `base_lr` (`set_lr`)
@@ -2648,7 +2665,7 @@ def make_optimizers(model, lr, muon_lr=0.0, betas=(0.9, 0.99), gain_factor=1.0, 
         {"params": gain, "lr": gain_lr, "base_lr": gain_lr},
     ]
     optimizers = [shared_out(torch.optim.AdamW, groups, betas=betas, weight_decay=0.0)]
-    if muon_lr:
+    if matrices:
         groups = [{"params": matrices, "lr": muon_lr, "base_lr": muon_lr}]
         optimizers.append(shared_out(torch.optim.Muon, groups, weight_decay=0.01))
 

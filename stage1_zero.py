@@ -10,12 +10,13 @@ r_it = pi(y_it) / pi_old(y_it):
 L = -(1 / sum_i |y_i|) sum_i sum_t min(r_it A_i, clip(r_it, 1 - 0.2, 1 + 0.28) A_i)
 
     python stage1_zero.py                         # reads out/stage0, writes out/stage1
-    python stage1_zero.py --init Qwen/Qwen3-4B-Instruct-2507 --data orz_math_57k_collected.json
+    python stage1_zero.py --init Qwen/Qwen3-4B-Instruct-2507 --data orz_math_57k_collected.json \
+        --lr 1e-6
     torchrun --nproc-per-node 2 stage1_zero.py    # data-parallel: same numbers, less time
 
 Difference from the paper:
-1. It grades violations in (-2, 0]; here every violation scores in [-2, -1.1]: where the answer is
-   wrong (-1), a milder violation would be worth committing.
+1. Its violations score between -2 and 0.  Here all score below -1, the reward of a wrong answer:
+   otherwise a model that expects to be wrong would earn more by breaking the format.
 Differences from the PPO of RLHF, the first GRPO's, the rest DAPO's (arXiv 2503.14476):
 1. no critic: a response is compared with its group;
 2. the upper clip is wider than the lower, so that rare tokens can grow;
@@ -454,7 +455,7 @@ ARGUMENTS = (
     ("--data",            str,            "",           "real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name"),
     ("--question-column", str,            "",           "column of --data with the question, found by its name when not given"),
     ("--answer-column",   str,            "",           "column of --data with the answer, found by its name when not given"),
-    ("--prompt-file",     str,            "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
+    ("--prompt-file",     str,            "",           "asks for the format; default: that of --init, or with --data assets/format_prompt.txt"),
     ("--steps",           positive_int,   48,           "rollout batches"),
     ("--prompts",         positive_int,   16,           "questions per step"),
     ("--group-size",      group_int,      12,           "responses per question, G"),
@@ -500,7 +501,7 @@ def main():
     print_inherited(args.init)
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
-    format_prompt = read_prompt(args.prompt_file, args.data)
+    format_prompt = read_prompt(args.prompt_file, args.data, args.init)
     check_prompts(model, tokenizer, data, format_prompt, args.max_new_tokens)
     run = Run(args, model, data=data, prompt_file=format_prompt)
 

@@ -40,7 +40,7 @@ from stage0_model import DTYPES, RUN_FLAGS, device_name, natural_int, nonempty, 
 from stage0_model import positive_float, positive_int, seed_int
 from stage0_model import Run, UserError, from_all_ranks, my_share, print_inherited, read_arguments  # run
 from stage0_model import read_jsonl, run_main, write_json, write_text
-from stage0_model import add_adapters, default_micro_tokens, make_optimizers  # optimisation
+from stage0_model import add_adapters, default_micro_tokens, make_optimizers, tag_rows  # optimisation
 from stage0_model import ranks, recompute_activations, set_lr, update
 from stage1_zero import check_prompts, parse_response
 
@@ -125,7 +125,7 @@ def read_inputs(args):
     rows = read_rows(args.data) if args.data else []
     has_responses = bool(rows) and isinstance(rows[0], dict) and "response" in rows[0]
     made_here = has_responses and rows[0].get("kind") in RUNGS  # samples of this world's problems
-    format_prompt = read_prompt(args.prompt_file, args.data and not made_here)
+    format_prompt = read_prompt(args.prompt_file, args.data and not made_here, args.init)
     if not has_responses:
         columns = (args.question_column, args.answer_column)
         return None, read_problems(args.data, *columns) if args.data else None, format_prompt
@@ -302,7 +302,7 @@ ARGUMENTS = (
     ("--data",            str,            "",           "real problems as in stage 1, or samples to learn from (rows with a `response`)"),
     ("--question-column", str,            "",           "column of --data with the question, found by its name when not given"),
     ("--answer-column",   str,            "",           "column of --data with the answer, found by its name when not given"),
-    ("--prompt-file",     str,            "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
+    ("--prompt-file",     str,            "",           "asks for the format; default: that of --init, or with --data assets/format_prompt.txt"),
     ("--problems",        positive_int,   1500,         "questions to sample"),
     ("--samples",         positive_int,   2,            "responses per question"),
     ("--keep",            positive_int,   2,            "accepted responses kept per question at most"),
@@ -314,7 +314,7 @@ ARGUMENTS = (
     ("--batch-tokens",    positive_int,   2_048,        "padded tokens per update"),
     ("--micro-tokens",    natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
     ("--lr",              positive_float, 2e-3,         "peak AdamW learning rate, falling linearly to zero; 1e-5 for a real model"),
-    ("--muon-lr",         not_negative,   2e-3,         "peak Muon learning rate of the matrices; 0: AdamW does it all"),
+    ("--muon-lr",         not_negative,   2e-3,         "peak Muon learning rate of the matrices; 0: AdamW does it all, as suits a real model"),
     ("--tag-lr",          not_negative,   0.02,         "new tags learn at this times the size of their rows' entries, if that is above --lr"),
     ("--lora",            natural_int,    0,            "R: train adapters of that rank, at about ten times the rate; 0: all weights"),
     ("--recompute",       bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
@@ -375,7 +375,7 @@ def main():
     # ---- train: the optimizers are made only now, because new tokens can mean new parameters ----
     if args.lora:
         add_adapters(model, tokenizer, args.lora, args.seed)
-        new = list(range(len(new)))  # of the embedding only the tags' rows are trained
+        new = [tag_rows(tokenizer).index(i) for i in new]  # of the embedding only the tags' rows are trained
     optimizers = make_optimizers(model, args.lr, args.muon_lr, tag_rows=new, tag_lr=args.tag_lr)
     if args.recompute:
         recompute_activations(model)

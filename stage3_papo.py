@@ -190,7 +190,7 @@ ARGUMENTS = (
     ("--data",             str,            "",           "real problems: a json, jsonl or parquet file, a folder of `datasets`, or a hub name"),
     ("--question-column",  str,            "",           "column of --data with the question, found by its name when not given"),
     ("--answer-column",    str,            "",           "column of --data with the answer, found by its name when not given"),
-    ("--prompt-file",      str,            "",           "text that asks for the format (with --data: assets/format_prompt.txt)"),
+    ("--prompt-file",      str,            "",           "asks for the format; default: that of --init, or with --data assets/format_prompt.txt"),
     ("--steps",            positive_int,   96,           "rollout batches, one update each"),
     ("--prompts",          positive_int,   24,           "questions per step"),
     ("--group-size",       group_int,      12,           "responses per question, G"),
@@ -238,7 +238,7 @@ def main():
     print_inherited(args.init)
     model, tokenizer = load(args.init, device, getattr(torch, args.dtype, None))
     data = read_problems(args.data, args.question_column, args.answer_column) if args.data else None
-    format_prompt = read_prompt(args.prompt_file, args.data)
+    format_prompt = read_prompt(args.prompt_file, args.data, args.init)
     if not args.sequential:
         tag_token_ids(tokenizer)  # raises UserError where they are text
     check_prompts(model, tokenizer, data, format_prompt, args.max_new_tokens)

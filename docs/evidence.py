@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the six files lie one folder up
 
 from eval import majority, mean_and_ci, pass_at  # noqa: E402
-from stage0_model import KINDS, WORD_KINDS, read_jsonl, read_object, run_main, write_text  # noqa: E402
+from stage0_model import KINDS, WORD_KINDS, UserError, read_jsonl, read_object, run_main, write_text  # noqa: E402
 
 # ==================================================================================================
 # 1. Judged responses
@@ -31,14 +31,19 @@ from stage0_model import KINDS, WORD_KINDS, read_jsonl, read_object, run_main, w
 def judged(folder, name="heldout"):
     """{(checkpoint, mode): {problem: [row, ..]}} of one evaluation's set of problems.
 
-    checkpoint is the last part of its path; rows are as of `eval.judge`; {} where nothing was judged.
+    checkpoint is the last part of its path; rows are as of `eval.judge`; {} where the evaluation has
+    not ended.  Raises UserError where two checkpoints have one name.
     """
     found = {}
+    if not (Path(folder) / "eval.json").is_file():
+        return found
     for file in sorted((Path(folder) / name).glob("*.jsonl")):
         path, _, mode = unquote(file.stem).rpartition("=")
         problems = defaultdict(list)
         for row in read_jsonl(file)[1:]:  # the first line holds the settings
             problems[row["problem"]].append(row)
+        if (Path(path).name, mode) in found:
+            raise UserError(f"{file}: a second judgement of {Path(path).name}={mode}; move one of them away")
         found[Path(path).name, mode] = problems
     return found
 
@@ -211,8 +216,8 @@ def temperatures_table(out):
 
     # The best of each by those problems, on held-out ones, seeds 0, 1 ..: the base has but one.
     sampled, _ = seeds_of(out)
-    best = by_seed(out, "best")
-    for name in (BASE, BETA):
+    for name, folder in ((BASE, "best-base"), (BETA, "best")):
+        best = by_seed(out, folder)
         pairs = [(run[NPR], there[name]) for run, there in zip(sampled, best) if name in there]
         if not pairs:
             continue
@@ -229,7 +234,7 @@ def by_seed(out, name, problems="heldout"):
     not ended.
     """
     folders = [(out / "evidence" if folder == out else folder) / name for folder in seed_folders(out)]
-    return [judged(folder, problems) if (folder / "eval.json").is_file() else {} for folder in folders]
+    return [judged(folder, problems) for folder in folders]
 
 
 def temperatures(out):
@@ -401,23 +406,56 @@ def weight_of(name):
     return float(name.removeprefix("path-")) if name.startswith("path-") else 0.0
 
 
-def words_table(out):
-    """The stages of a real model in English, sampled at temperature 1."""
-    runs = judged(out / "words/compared")
+# English: the checkpoints, what each was made from, and its sequential twin
+ENGLISH = {
+    ("stage0", "plain"): ("base, asked plainly", None, None),
+    ("stage0", "format"): ("base, asked for the format", None, None),
+    ("stage1", "format"): ("stage 1, NPR-ZERO", ("stage0", "format"), None),
+    ("stage2_seq", "format"): ("SR-BETA, sequentially", ("stage1", "format"), None),
+    ("stage2", "parallel"): ("stage 2, NPR-BETA", ("stage1", "format"), ("stage2_seq", "format")),
+    ("stage3_seq", "format"): ("SR, sequentially", ("stage2_seq", "format"), None),
+    ("stage3", "parallel"): ("stage 3, NPR", ("stage2", "parallel"), ("stage3_seq", "format")),
+}
+
+
+def words_table(folder):
+    """A real model in English, sampled at temperature 1.
+
+    folder: where `make words` has put its stages.  Columns for greedy answers and for the twin are
+    there where these were judged.
+    """
+    runs, best = (judged(folder / "compared", name) for name in ("heldout", "heldout-greedy"))
+    twins = any(twin in runs for _, _, twin in ENGLISH.values())
     rows = []
-    before = None
-    for name, label in STAGES.items():
+    for name, (label, source, twin) in ENGLISH.items():
         if name not in runs:
             continue
         flat = [row for each in runs[name].values() for row in each]
+        right_of = {key: values(runs[key]) for key in (name, source, twin) if key in runs}
         row = {"checkpoint": label, "problems": len(flat)}
         for kind in (None, *WORD_KINDS):
             row[f"{kind or 'right'} %"] = percent(values(runs[name], kind=kind))
-        row["minus row above"] = difference(values(runs[name]), values(before)) if before else "-"
+        if best:
+            row["greedily %"] = percent(values(best[name])) if name in best else "-"
+        for column, other in (("minus its source", source), *([("minus its twin", twin)] if twins else [])):
+            row[column] = difference(right_of[name], right_of[other]) if other in right_of else "-"
         row["valid %"] = percent(values(runs[name], of=lambda row: row["valid"]))
         row["parallel %"] = forked_percent(flat) if name[1] == "parallel" else "-"
         rows.append(row | lengths(flat))
-        before = runs[name]
+    return markdown(rows)
+
+
+def words_time_table(folder):
+    """Seconds until one greedy answer, alone: the twin, NPR, and NPR's weights one token at a time."""
+    judgements = read_object(folder / "timed/eval.json")["checkpoints"]
+    npr = judgements[-1]["seconds to answer"]  # eval.py was asked for it last
+    rows = []
+    for judgement in judgements:
+        name, seconds = Path(judgement["checkpoint"]).name, judgement["seconds to answer"]
+        label = ENGLISH.get((name, judgement["mode"]), ("the same weights, sequentially",))[0]
+        rows.append(
+            {"checkpoint": label, "s/answer": f"{seconds:.1f}", "times NPR's": f"{seconds / npr:.2f}"}
+        )
     return markdown(rows)
 
 
@@ -438,7 +476,9 @@ PAGES = {
         "starts": (starts_table, "evidence/starts/eval.json"),
         "votes": (equal_cost_table, "evidence/votes/eval.json"),
         "path": (path_table, "evidence/path/eval.json"),
-        "words": (words_table, "words/compared/heldout"),
+        "words": (lambda out: words_table(out / "gpu/words"), "gpu/words/compared/eval.json"),
+        "words-cpu": (lambda out: words_table(out / "cpu/words"), "cpu/words/compared/eval.json"),
+        "words-cpu-time": (lambda out: words_time_table(out / "cpu/words"), "cpu/words/timed/eval.json"),
     },
 }
 
@@ -461,6 +501,8 @@ def main():
             if not (args.out / needs).exists():
                 print(f"{page}: {name} is left as it was, {args.out / needs} is not there")
                 continue
+            if not (opening in text and closing in text):
+                raise UserError(f"{page}: no place for {name}; expected {opening.strip()} and {closing}")
             before, _, rest = text.partition(opening)
             _, _, after = rest.partition(closing)
             text = f"{before}{opening}\n{make(args.out)}\n\n{closing}{after}"

@@ -164,6 +164,56 @@ def test_a_run_killed_within_an_epoch_ends_with_the_weights_of_an_uninterrupted_
     assert log[9]["epoch"] == log[10]["epoch"] == 1  # resumed after step 10, in the second epoch
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_first_logged_loss_is_the_mean_over_what_the_engine_will_sample(
+    tmp_path, monkeypatch, plain_tokenizer, sequential
+):
+    stage0.save(random_model(len(plain_tokenizer)), plain_tokenizer, tmp_path / "plain")
+    texts = [RESPONSE, RESPONSE.replace("A7", "A77")]
+    rows = [{"problem": f"{i}*2 total?", "kind": "sums", "response": text} for i, text in enumerate(texts)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "data"))
+    words = f"stage2 --init {tmp_path}/plain --data {tmp_path}/data --out {tmp_path}/out --epochs 1"
+    words += f" --device cpu {'--sequential' * sequential}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    stage2_beta.main()
+    logged = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])["loss"]
+
+    model, tokenizer = stage0.load(tmp_path / "plain")
+    add_tag_tokens(model, tokenizer)
+    scores = []
+    for row in rows:
+        ids, laid, forced = encode_response(tokenizer, row["response"], sequential)
+        prompt = stage0.prompt_ids(tokenizer, row["problem"], stage0.FORMAT_PROMPT)
+        [(_, batch, batch_layout, _)] = batches([Example(prompt, ids, laid)], 10**6, "cpu")
+        logprobs = token_logprobs(model, batch, batch_layout)[0][0, len(prompt) :]
+        scores.append(logprobs[~torch.tensor(forced)])
+        assert sum(forced) == (0 if sequential else 7)  # `<step>`, number and colon, twice; `<takeaway>`
+    assert logged == pytest.approx(-torch.cat(scores).mean().item(), abs=1e-5)
+
+
+def test_adapters_of_a_tokenizer_that_knew_some_tags_learn_the_new_ones_faster(
+    tmp_path, monkeypatch, plain_tokenizer
+):
+    plain_tokenizer.save_pretrained(tmp_path / "some")
+    some = AutoTokenizer.from_pretrained(tmp_path / "some")
+    some.add_tokens(["<guideline>", "</guideline>"])
+    stage0.save(random_model(len(some)), some, tmp_path / "plain")
+    rows = [{"problem": f"{i}*2 total?", "response": RESPONSE} for i in range(2)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "data"))
+    words = f"stage2 --init {tmp_path}/plain --data {tmp_path}/data --out {tmp_path}/out --epochs 20"
+    words += " --lora 2 --lr 1e-5 --muon-lr 0 --device cpu"
+    monkeypatch.setattr(sys, "argv", words.split())
+    stage2_beta.main()
+
+    again, tokenizer = stage0.load(tmp_path / "plain")
+    new = add_tag_tokens(again, tokenizer)
+    known = [i for i in stage0.tag_rows(tokenizer) if i not in new]
+    trained = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    moved = (trained - again.state_dict()["model.embed_tokens.weight"]).abs().amax(-1)  # (V,)
+    assert len(known) == 2 and len(new) == 6
+    assert moved[known].max() < 2e-4 < 20 * 2e-4 < moved[new].min()
+
+
 @pytest.mark.parametrize("flags", ["", "--tag-lr 0", "--lora 2"])
 def test_new_tags_learn_at_a_rate_of_their_own_where_the_models_is_low(
     tmp_path, monkeypatch, plain_tokenizer, flags

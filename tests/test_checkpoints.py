@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 
 import pytest
@@ -270,6 +271,16 @@ def test_a_run_keeps_the_text_that_it_asked_with_so_that_its_file_may_go(
         script.main()
     (tmp_path / "prompt.txt").unlink()
     assert stage0.read_prompt("", "", tmp_path / "out") == "Denk nach, größer als \u2265 1."
+
+    # and the next stage asks with it, unless it is told otherwise
+    shutil.copy(tmp_path / "out" / "prompt.txt", tmp_path / "init")
+    (tmp_path / "other.txt").write_text("Think.")
+    for name, more, expected in (("next", "", "Denk nach"), ("told", "--prompt-file other.txt", "Think.")):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["stage", *f"--init init --out {name} --device cpu {more}".split()])
+        with pytest.raises(Asked):
+            script.main()
+        assert (tmp_path / name / "prompt.txt").read_text().startswith(expected)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "{", "\xff"])

@@ -66,8 +66,8 @@ RANGES = {
         {
             "stage0_model.py": "--muon-lr",
             "stage1_zero.py": "--eps-high",
-            "stage2_beta.py": "--muon-lr",
-            "stage3_papo.py": "--muon-lr",
+            "stage2_beta.py": "--muon-lr --tag-lr",
+            "stage3_papo.py": "--muon-lr --path-weight",
             "eval.py": "--temperature",
             "engine.py": "--temperature",
         },

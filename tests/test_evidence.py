@@ -9,6 +9,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "docs"))
 import evidence
 
+from stage0_model import UserError
+
 
 def keep(folder, checkpoint, mode, rows, name="heldout"):
     """Rows as eval.py keeps them: a line of settings, then one line each."""
@@ -94,12 +96,68 @@ def test_npr_meets_each_seed_of_beta_at_its_best_temperature_and_the_one_base(ou
     for folder, rights in (("evidence/best", (1, 0)), ("seed1/best", (0, 0))):
         rows = [row("p", bool(rights[0])), row("q", bool(rights[1]))]
         keep(out / folder, "out/stage2", "parallel", rows)
-    keep(out / "evidence/best", "out/stage0", "plain", [row("p", False), row("q", False)])
+    keep(out / "evidence/best-base", "out/stage0", "plain", [row("p", False), row("q", False)])
     text = evidence.temperatures_table(out)
 
     # NPR has p and q, then p alone; BETA p, then nothing; the base nothing: +0.5 and 0.5, +1 and 0.5
     assert "NPR-BETA at its best, 0.6: +50.0 ±0.0 points (2 seeds)" in text
     assert "base, asked plainly at its best, 0.6: +75.0 ±" in text and text.count("(2 seeds)") == 2
+
+
+def test_in_english_each_stage_stands_beside_its_source_and_its_sequential_twin(tmp_path):
+    said = {"branches": 1}
+    kind_of = {"p": "stories", "q": "shopping"}
+    for name, mode, rights, more in (
+        ("stage1", "format", (1, 0), said),
+        ("stage2_seq", "format", (0, 0), said),
+        ("stage2", "parallel", (1, 1), said | {"branches": 3}),
+    ):
+        two = [row(p, bool(right), kind=kind_of[p], **more) for p, right in zip("pq", rights)]
+        keep(tmp_path / "compared", f"w/{name}", mode, two)
+    table = evidence.words_table(tmp_path)
+    assert "greedily %" not in table.splitlines()[0]  # not judged
+    beta = cells(table, "stage 2")
+    # p right in both, q here alone: +0 and +1; the twin has neither
+    assert beta["minus its source"].startswith("+50.0") and beta["minus its twin"] == "+100.0 ±0.0"
+    assert (beta["right %"], beta["parallel %"], beta["tokens/path"]) == ("100.0 ±0.0", "100.0", "2.00")
+    assert cells(table, "SR-BETA")["minus its source"].startswith("-50.0")
+    assert cells(table, "SR-BETA")["minus its twin"] == cells(table, "SR-BETA")["parallel %"] == "-"
+
+    keep(tmp_path / "compared", "w/stage2", "parallel", [row("p", True, **said)], "heldout-greedy")
+    for name, mode in (("stage1", "format"), ("stage2_seq", "format")):
+        keep(tmp_path / "compared", f"w/{name}", mode, [row("p", False, **said)], "heldout-greedy")
+    assert cells(evidence.words_table(tmp_path), "stage 2")["greedily %"].startswith("100.0")
+
+
+def test_seconds_to_an_answer_in_english_are_said_as_multiples_of_npr_s(tmp_path):
+    timed = [("w/stage3_seq", "format", 9.0), ("w/stage3", "format", 8.0), ("w/stage3", "parallel", 4.0)]
+    heads = ("checkpoint", "mode", "seconds to answer")
+    (tmp_path / "timed").mkdir()
+    judgements = {"checkpoints": [dict(zip(heads, judgement)) for judgement in timed]}
+    (tmp_path / "timed/eval.json").write_text(json.dumps(judgements))
+    table = evidence.words_time_table(tmp_path)
+    assert cells(table, "SR")["times NPR's"] == "2.25" and cells(table, "stage 3")["s/answer"] == "4.0"
+    assert cells(table, "the same weights")["times NPR's"] == "2.00"
+
+
+def test_an_evaluation_that_has_not_ended_says_nothing_and_two_of_one_name_are_refused(tmp_path):
+    keep(tmp_path, "out/stage2", "parallel", [row("p", True)])
+    assert set(evidence.judged(tmp_path)) == {("stage2", "parallel")}
+    keep(tmp_path, "/elsewhere/out/stage2", "parallel", [row("p", False)])
+    with pytest.raises(UserError, match="second judgement of stage2=parallel"):
+        evidence.judged(tmp_path)
+    (tmp_path / "eval.json").unlink()
+    assert evidence.judged(tmp_path) == {}
+
+
+def test_a_page_without_the_marks_of_a_table_is_left_alone(monkeypatch, out):
+    page = out / "results.md"
+    page.write_text("by hand\n<!-- kinds -->\nthe end is missing\n")
+    monkeypatch.setattr(evidence, "PAGES", {str(page): {"kinds": (lambda out: "| new |", "eval.json")}})
+    monkeypatch.setattr(sys, "argv", ["evidence.py", str(out)])
+    with pytest.raises(UserError, match="no place for kinds"):
+        evidence.main()
+    assert page.read_text() == "by hand\n<!-- kinds -->\nthe end is missing\n"
 
 
 def test_only_what_stands_between_the_marks_is_written(monkeypatch, out, capsys):

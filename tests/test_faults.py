@@ -291,6 +291,7 @@ def test_numbers_that_are_not_finite_stop_a_run_and_a_lower_rate_goes_on_from_th
     assert run(p, script, out, before=broken) == 2
     said = (p / "stderr").read_text().splitlines()[-1]
     assert "at step 3" in said and "the same command with a lower rate goes on from it, e.g. --lr" in said
+    assert ("--tag-lr 0.01" in said) == (script == "stage2")  # its rows learn at that rate, whatever --lr is
     state = torch.load(state_file, weights_only=True)
     assert state["step"] == 2 and all(weight.isfinite().all() for weight in state["weights"].values())
     assert not (out / "model.safetensors").exists()

@@ -99,6 +99,15 @@ def test_adapters_step_as_when_the_sum_of_base_and_change_is_differentiated(plai
         torch.testing.assert_close(dict(model.named_parameters())[name], weight, atol=1e-4, rtol=0)
 
 
+def test_adapters_learn_at_the_rate_of_adamw_whatever_that_of_muon(tokenizer):
+    """Muon makes a matrix orthogonal that the model multiplies by; a factor of a change is none."""
+    model = random_model(len(tokenizer) + 5)
+    stage0.add_adapters(model, tokenizer, R=2, seed=0)
+    [adamw] = stage0.make_optimizers(model, 1e-3, muon_lr=2e-3)
+    held = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert held == {id(p) for p in stage0.trained(model).values()}
+
+
 def test_rollouts_are_scored_in_training_as_they_were_sampled(tokenizer, tag_ids):
     """In trees of random shapes, by a model that adapters have moved."""
     model = random_model(len(tokenizer) + 5)

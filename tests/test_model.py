@@ -158,6 +158,17 @@ def test_the_engine_decodes_each_family_greedily_as_transformers_does(tmp_path, 
     assert mine.ids == greedy[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("hidden_size", [64, 128, 576, 1088])
+def test_a_new_model_of_any_allowed_width_has_as_many_query_heads_to_each_key_value_head(
+    monkeypatch, plain_tokenizer, hidden_size
+):
+    """576 is 18 heads: over 4 of keys and values they would not be shared out."""
+    monkeypatch.setattr(stage0, "train_tokenizer", lambda texts: plain_tokenizer)
+    args = stage0.parse_args(["--hidden-size", str(hidden_size), "--layers", "1"])
+    model, _ = stage0.new_model(args)
+    assert model(torch.zeros(1, 2, dtype=torch.long)).isfinite().all()
+
+
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_a_head_is_hidden_size_over_heads_wide_where_config_json_does_not_say(
     tmp_path, plain_tokenizer, family

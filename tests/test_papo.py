@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model, random_prompts
+from test_beta import RESPONSE
 from test_engine import scripted_run
 
-from engine import Example, batches, token_logprobs
-from stage1_zero import Judged
+import stage0_model as stage0
+import stage3_papo
+from engine import Engine, Example, Rollout, batches, token_logprobs
+from stage1_zero import Judged, dapo_advantages, dapo_loss
 from stage3_papo import papo_advantages, papo_loss, pay_for_short_paths, reward_of
 
 
@@ -106,7 +109,90 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget():
 
 
 def args_of(**changes):
-    return types.SimpleNamespace(**(dict(reward="answer", seed=0) | changes))
+    settings = dict(reward="answer", seed=0, group_std=False, count_forced=False, clip_updates=0)
+    return types.SimpleNamespace(**(settings | changes))
+
+
+def groups_of(*rewards):
+    """A group of Judged for each tuple of rewards; of the four tokens of a response two are forced."""
+    forced = [False, True, True, False]
+    rollout = Rollout([7, 8, 9, 10], None, forced, [-1.0, 0.0, 0.0, -2.0], "stop", 4, 1)
+    return [[Judged([5, 6], "", rollout, "", True, R > 0, R) for R in group] for group in rewards]
+
+
+def test_an_update_learns_what_was_sampled_of_the_answers_that_differ_from_their_groups():
+    groups = groups_of((1.0, -2.0), (1.0, 1.0))
+    batch, _ = stage3_papo.objective(groups, args_of())
+    # of four responses of two sampled tokens each two have a gradient, and all count
+    assert (batch.num_tokens, batch.num_learned, len(batch.examples)) == (8, 4, 2)
+    assert [x.tolist() for x in batch.actions] == [[True, False, False, True]] * 2
+    assert [x.tolist() for x in batch.logprobs] == [[-1.0, 0.0, 0.0, -2.0]] * 2
+    torch.testing.assert_close(batch.advantages, papo_advantages([1, -2, 1, 1], [0, 0, 1, 1])[:2])
+
+    by_group, _ = stage3_papo.objective(groups, args_of(group_std=True))
+    torch.testing.assert_close(by_group.advantages, dapo_advantages([1, -2], [0, 0]))
+    counted, _ = stage3_papo.objective(groups, args_of(count_forced=True))
+    assert (counted.num_tokens, counted.num_learned) == (16, 8) and all(x.all() for x in counted.actions)
+
+
+@pytest.mark.parametrize("clip_updates", [0, 3])
+def test_one_update_without_a_clip_or_as_many_as_asked_for_with_one(clip_updates):
+    groups = groups_of((1.0, -2.0))
+    args = args_of(clip_updates=clip_updates)
+    assert stage3_papo.shares_of(groups, args) == [groups] * (clip_updates or 1)
+    _, loss = stage3_papo.objective(groups, args)
+    # ratios of 2 and 1/2: the first is worth 1.2 under the clip, and without one its value is 1
+    logprobs, old = torch.tensor([[-1.0, -3.0]]), torch.tensor([[-1.0 - np.log(2), -3.0 + np.log(2)]])
+    A, mask = torch.ones(1), torch.ones(1, 2, dtype=torch.bool)
+    expected = dapo_loss(logprobs, old, A, mask, 0.2, 0.2) if clip_updates else papo_loss(logprobs, A, mask)
+    assert loss(logprobs, old, A, mask, 2) == expected
+    assert expected.item() == pytest.approx(-(1.2 + 0.5) / 2 if clip_updates else -1.0)
+
+
+def judged_by_stage_3(tokenizer, text, finish_reason="stop"):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    rollout = Rollout(ids, None, [False] * len(ids), [0.0] * len(ids), finish_reason, len(ids), 1)
+    return stage3_papo.judge(stage0.Problem("sums", "q", "9"), [5], rollout, tokenizer, args_of())
+
+
+def test_only_an_answer_that_ended_by_itself_in_the_format_is_valid(tokenizer):
+    good = judged_by_stage_3(tokenizer, RESPONSE)
+    wrong = judged_by_stage_3(tokenizer, RESPONSE.replace("boxed{9}", "boxed{8}"))
+    broken = judged_by_stage_3(tokenizer, RESPONSE.replace("<step>2:", "<step>3:"))
+    cut = judged_by_stage_3(tokenizer, RESPONSE, "length")
+    assert [(j.valid, j.right, j.reward) for j in (good, wrong, broken, cut)] == [
+        (True, True, 1.0),
+        (True, False, -1.0),
+        (False, True, -2.0),
+        (False, True, -2.0),
+    ]
+
+
+@pytest.mark.parametrize("schema_filter", [False, True])
+def test_what_is_malformed_is_learned_from_unless_filtered_and_always_counted(tokenizer, schema_filter):
+    asked = []
+
+    class Rigged(Engine):
+        def generate(self, prompts, **settings):
+            asked.append(settings)
+            rows = [(RESPONSE, "stop"), (RESPONSE, "length")]
+            ids = [self.tokenizer.encode(text, add_special_tokens=False) for text, _ in rows]
+            return [
+                [Rollout(x, None, [], [], reason, len(x), 1) for x, (_, reason) in zip(ids, rows)]
+                for _ in prompts
+            ]
+
+    engine = Rigged(random_model(len(tokenizer)), tokenizer)
+    args = args_of(kind="sums", prompts=3, group_size=2, max_new_tokens=99, temperature=1.0, sequential=False)
+    vars(args).update(max_branches=4, path_weight=0.0, schema_filter=schema_filter)
+    groups, judged = stage3_papo.sample_groups(engine, None, stage0.FORMAT_PROMPT, 1, args)
+    assert len(groups) == 3 and len(judged) == 6
+    assert [len(group) for group in groups] == [1 if schema_filter else 2] * 3
+    assert asked[0]["parallel"] and asked[0]["n"] == 2 and asked[0]["max_branches"] == 4
+    stage3_papo.sample_groups(
+        engine, None, stage0.FORMAT_PROMPT, 1, args_of(**vars(args) | {"sequential": True})
+    )
+    assert not asked[1]["parallel"] and asked[1]["seed"] == asked[0]["seed"]
 
 
 @pytest.mark.parametrize(

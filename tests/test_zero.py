@@ -6,13 +6,15 @@ import random
 import re
 import sys
 import time
+import types
 
 import pytest
 import torch
 
 import stage0_model as stage0
 import stage1_zero
-from engine import TAGS
+from conftest import random_model
+from engine import TAGS, Engine, Rollout
 from stage1_zero import VIOLATIONS, dapo_advantages, dapo_loss, format_score, overlong_penalty, parse_response
 
 GOOD = (
@@ -151,6 +153,75 @@ def test_dapo_loss_is_a_mean_over_tokens_not_over_responses():
 @pytest.mark.parametrize("num_tokens, penalty", [(0, 0.0), (80, 0.0), (90, -0.5), (100, -1.0), (150, -1.0)])
 def test_soft_overlong_penalty(num_tokens, penalty):
     assert abs(overlong_penalty(num_tokens, 100, 20) - penalty) < 1e-9
+
+
+def args_of(**changes):
+    settings = dict(kind="sums", prompts=2, group_size=3, updates=2, max_rounds=2, seed=0, temperature=1.0)
+    settings |= dict(max_new_tokens=200, overlong_buffer=40, eps_low=0.2, eps_high=0.28)
+    return types.SimpleNamespace(**(settings | changes))
+
+
+def judged(tokenizer, text, length=0):
+    """A response to a question that 9 answers; its tokens are repeated up to `length`."""
+    ids = tokenizer.encode(text)
+    rollout = Rollout(ids, None, [False] * len(ids), [-0.5] * len(ids), "stop", len(ids), 0)
+    args = (
+        args_of(max_new_tokens=len(ids), overlong_buffer=length) if length else args_of(max_new_tokens=9999)
+    )
+    return stage1_zero.judge(stage0.Problem("sums", "q", "9"), [5], rollout, tokenizer, args)
+
+
+def test_the_reward_is_the_format_s_until_that_is_perfect_and_then_the_answer_s(plain_tokenizer):
+    assert judged(plain_tokenizer, GOOD).reward == 1.0
+    assert judged(plain_tokenizer, GOOD.replace("boxed{9}", "boxed{8}")).reward == -1.0
+    broken = judged(plain_tokenizer, GOOD.replace("<step>1:", "<step>2:"))
+    assert (broken.reward, broken.valid, broken.right) == (VIOLATIONS["numbering"], False, True)
+
+
+def test_all_tokens_learn_and_what_is_overlong_earns_less_than_its_reward(plain_tokenizer):
+    short, long = judged(plain_tokenizer, GOOD), judged(plain_tokenizer, GOOD, length=20)
+    assert (short.penalty, long.penalty, long.reward) == (0.0, -1.0, 1.0)
+    batch, loss = stage1_zero.objective([[short, long]], args_of())
+    torch.testing.assert_close(batch.advantages, dapo_advantages([1.0, 0.0], [0, 0]))
+    assert batch.num_tokens == batch.num_learned == 2 * len(short.rollout.ids)
+    assert all(actions.all() for actions in batch.actions)
+
+    # a ratio of 2 is worth 1.28 where A = 1
+    logprobs, A, mask = torch.tensor([[-1.0]]), torch.ones(1), torch.ones(1, 1, dtype=torch.bool)
+    assert loss(logprobs, logprobs - 0.6931, A, mask, 1).item() == pytest.approx(-1.28)
+
+
+def test_each_update_has_its_share_of_the_groups_and_none_is_empty():
+    assert stage1_zero.shares_of(list("abcde"), args_of(updates=2)) == [["a", "c", "e"], ["b", "d"]]
+    assert stage1_zero.shares_of(["a"], args_of(updates=4)) == [["a"]]
+
+
+def test_a_group_that_is_all_alike_is_dropped_and_another_question_drawn(plain_tokenizer):
+    """Alike to the penalty, too: of equal rewards an overlong one still teaches."""
+    wrong = GOOD.replace("boxed{9}", "boxed{8}")
+    draws = [[[wrong, wrong, wrong], [GOOD, "no block", wrong]], [[wrong, wrong, wrong + " 1" * 90]]]
+    asked = []
+
+    class Rigged(Engine):
+        def generate(self, prompts, parallel, **_):
+            assert not parallel
+            asked.append(len(prompts))
+            texts = draws[len(asked) - 1]
+            ids = [[self.tokenizer.encode(text) for text in group] for group in texts]
+            return [[Rollout(x, None, [], [], "stop", len(x), 0) for x in group] for group in ids]
+
+    engine = Rigged(random_model(len(plain_tokenizer)), plain_tokenizer)
+    args = args_of(max_new_tokens=len(plain_tokenizer.encode(wrong + " 1" * 90)), overlong_buffer=50)
+    groups, sampled = stage1_zero.sample_groups(engine, None, stage0.FORMAT_PROMPT, 1, args)
+    assert asked == [2, 1] and len(sampled) == 9
+    assert [[j.text for j in group] for group in groups] == [draws[0][1], draws[1][0]]
+
+    # no more rounds than asked for
+    asked.clear()
+    groups, sampled = stage1_zero.sample_groups(
+        engine, None, stage0.FORMAT_PROMPT, 1, args_of(**vars(args) | {"max_rounds": 1})
+    )
+    assert asked == [2] and len(groups) == 1 and len(sampled) == 6
 
 
 def test_a_plan_after_its_guideline_has_closed_belongs_to_no_block():
