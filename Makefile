@@ -148,13 +148,13 @@ words: $(if $(filter $(WEIGHTS),$(INIT)),$(WEIGHTS)/$(DONE))
 	  STAGE3="$(REAL_SIZE) --steps 20 --prompts 8 --group-size 8 --lr 2e-5 --gain-factor 10 $(STAGE3)" \
 	  EVAL="--kind words --max-new-tokens 1000 --n 160 --greedy 80 $(EVAL)" $(W)/compared/eval.json $(W)/timed/eval.json
 
-# how good, and how long until the answer: against the twin, and against its own weights one token at a time
+# how good; and how long until the answer, alone, beside the twin
 $(OUT)/compared/eval.json $(OUT)/timed/eval.json: $(OUT)/stage3/$(DONE) $(OUT)/stage3_seq/$(DONE)
 $(OUT)/compared/eval.json:
 	$(RUN) eval.py $(OUT)/stage0 $(OUT)/stage1 $(OUT)/stage2 $(OUT)/stage3_seq $(OUT)/stage3 --out $(@D) $(EVAL) --timed 0
 # not beside it: the clock runs
 $(OUT)/timed/eval.json: | $(OUT)/compared/eval.json
-	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3=format $(OUT)/stage3 --out $(@D) $(EVAL) --n 12 --greedy 1 --timed 10
+	$(RUN) eval.py $(OUT)/stage3_seq $(OUT)/stage3 --out $(@D) $(EVAL) --n 12 --greedy 1 --timed 10
 
 # ---- the studies behind docs/results.md ----
 

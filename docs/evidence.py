@@ -446,16 +446,16 @@ def words_table(folder):
 
 
 def words_time_table(folder):
-    """Seconds until one greedy answer, alone: the twin, NPR, and NPR's weights one token at a time."""
+    """Seconds until one greedy answer in English, alone, and how many times those of the last row."""
     judgements = read_object(folder / "timed/eval.json")["checkpoints"]
-    npr = judgements[-1]["seconds to answer"]  # eval.py was asked for it last
     rows = []
     for judgement in judgements:
-        name, seconds = Path(judgement["checkpoint"]).name, judgement["seconds to answer"]
-        label = ENGLISH.get((name, judgement["mode"]), ("the same weights, sequentially",))[0]
-        rows.append(
-            {"checkpoint": label, "s/answer": f"{seconds:.1f}", "times NPR's": f"{seconds / npr:.2f}"}
+        name, seconds = (
+            (Path(judgement["checkpoint"]).name, judgement["mode"]),
+            judgement["seconds to answer"],
         )
+        times = seconds / judgements[-1]["seconds to answer"]
+        rows.append({"checkpoint": ENGLISH[name][0], "s/answer": f"{seconds:.1f}", "times": f"{times:.2f}"})
     return markdown(rows)
 
 
