@@ -201,9 +201,12 @@ TEMPERATURES := 0.2 0.4 0.6 0.8 1.0 1.2
 $(E)/temperature/%/eval.json: $(OUT)/stage3/$(DONE)
 	$(RUN) eval.py $(OUT)/stage0=plain $(OUT)/stage2 $(OUT)/stage3 --split tune --n 300 --temperature $* --greedy 1 --timed 0 --out $(@D)
 
+$(E)/best/eval.json: private BEST := stage2
+$(E)/best-base/eval.json: private BEST := stage0
+$(E)/best-base/eval.json: private MODE := =plain
 $(E)/best-base/eval.json $(E)/best/eval.json: $(TEMPERATURES:%=$(E)/temperature/%/eval.json)
-	$(RUN) eval.py $(OUT)/$(if $(filter best-base,$(notdir $(@D))),stage0=plain,stage2) --greedy 1 --timed 0 --out $(@D) \
-	  --temperature $$($(PY) docs/evidence.py $(OUT) --best $(if $(filter best-base,$(notdir $(@D))),stage0,stage2))
+	$(RUN) eval.py $(OUT)/$(BEST)$(MODE) --greedy 1 --timed 0 --out $(@D) \
+	  --temperature $$($(PY) docs/evidence.py $(OUT) --best $(BEST))
 
 $(SEEDS_BEST): $(OUT)/seed%/best/eval.json: $(OUT)/seed%/eval.json $(E)/best/eval.json
 	$(RUN) eval.py $(OUT)/seed$*/stage2 --temperature $$($(PY) docs/evidence.py $(OUT) --best stage2) --greedy 1 --timed 0 --out $(@D)

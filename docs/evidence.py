@@ -103,6 +103,8 @@ STAGES = {
     ("stage3", "parallel"): "stage 3, NPR",
 }
 BASE, BETA, NPR = ("stage0", "plain"), ("stage2", "parallel"), ("stage3", "parallel")
+ZERO, SR_BETA, SR = ("stage1", "format"), ("stage2_seq", "format"), ("stage3_seq", "format")
+LABELS = STAGES | {SR_BETA: "SR-BETA, sequentially", SR: "SR, sequentially"}
 
 
 def seed_folders(out):
@@ -264,7 +266,7 @@ def ladder_table(out):
     for folder in sorted(judgements, key=lambda f: (f.name[0], len(f.name), f.name)):
         sampled, greedy = judged(folder), judged(folder, "heldout-greedy")
         for name, problems in sampled.items():
-            row = {"rung": folder.name, "checkpoint": STAGES.get(name, "SR, sequentially")}
+            row = {"rung": folder.name, "checkpoint": LABELS[name]}
             row["greedy %"] = percent(values(greedy[name]))
             for k in (1, 16, 64):
                 row[f"pass@{k} %"] = percent(passed(problems, right, k))
@@ -280,16 +282,15 @@ def hard_table(out):
     """NPR and its sequential twin on the split `hard`: chains and sums longer than any in training."""
     folder = out / "evidence/hard"
     sampled, greedy = judged(folder, "hard"), judged(folder, "hard-greedy")
-    twin = ("stage3_seq", "format")
     rows = []
     for kind in (None, *KINDS):
-        ours, theirs = (values(sampled[name], kind=kind) for name in (NPR, twin))
+        ours, theirs = (values(sampled[name], kind=kind) for name in (NPR, SR))
         row = {"problems": kind or "all", "NPR %": percent(ours), "SR %": percent(theirs)}
         row["NPR minus SR"] = difference(ours, theirs)
-        best, their_best = (values(greedy[name], kind=kind) for name in (NPR, twin))
+        best, their_best = (values(greedy[name], kind=kind) for name in (NPR, SR))
         row |= {"NPR, greedily %": percent(best), "SR, greedily %": percent(their_best)}
         row["NPR minus SR, greedily"] = difference(best, their_best)
-        for label, name in (("NPR", NPR), ("SR", twin)):
+        for label, name in (("NPR", NPR), ("SR", SR)):
             valid = values(sampled[name], of=lambda row: row["valid"], kind=kind)
             row[f"{label} valid %"] = f"{100 * np.mean(list(valid.values())):.1f}"
         rows.append(row)
@@ -358,7 +359,7 @@ def equal_cost_table(out):
                 voted = {q: float(majority(each[:k])) for q, each in problems.items()}
                 rows.append(
                     {
-                        "checkpoint": STAGES.get(name, "SR, sequentially"),
+                        "checkpoint": LABELS[name],
                         "votes": k,
                         "accuracy %": percent(voted),
                         "tokens": f"{k * length:.0f}",
@@ -406,15 +407,15 @@ def weight_of(name):
     return float(name.removeprefix("path-")) if name.startswith("path-") else 0.0
 
 
-# English: the checkpoints, what each was made from, and its sequential twin
+# English: what a checkpoint was made from, and its sequential twin, in the order of the table
 ENGLISH = {
-    ("stage0", "plain"): ("base, asked plainly", None, None),
-    ("stage0", "format"): ("base, asked for the format", None, None),
-    ("stage1", "format"): ("stage 1, NPR-ZERO", ("stage0", "format"), None),
-    ("stage2_seq", "format"): ("SR-BETA, sequentially", ("stage1", "format"), None),
-    ("stage2", "parallel"): ("stage 2, NPR-BETA", ("stage1", "format"), ("stage2_seq", "format")),
-    ("stage3_seq", "format"): ("SR, sequentially", ("stage2_seq", "format"), None),
-    ("stage3", "parallel"): ("stage 3, NPR", ("stage2", "parallel"), ("stage3_seq", "format")),
+    BASE: (None, None),
+    ("stage0", "format"): (None, None),
+    ZERO: (("stage0", "format"), None),
+    SR_BETA: (ZERO, None),
+    BETA: (ZERO, SR_BETA),
+    SR: (SR_BETA, None),
+    NPR: (BETA, SR),
 }
 
 
@@ -425,18 +426,18 @@ def words_table(folder):
     there where these were judged.
     """
     runs, best = (judged(folder / "compared", name) for name in ("heldout", "heldout-greedy"))
-    twins = any(twin in runs for _, _, twin in ENGLISH.values())
+    twins = any(twin in runs for _, twin in ENGLISH.values())
     rows = []
-    for name, (label, source, twin) in ENGLISH.items():
+    for name, (source, twin) in ENGLISH.items():
         if name not in runs:
             continue
         flat = [row for each in runs[name].values() for row in each]
         right_of = {key: values(runs[key]) for key in (name, source, twin) if key in runs}
-        row = {"checkpoint": label, "problems": len(flat)}
+        row = {"checkpoint": LABELS[name], "problems": len(flat)}
         for kind in (None, *WORD_KINDS):
             row[f"{kind or 'right'} %"] = percent(values(runs[name], kind=kind))
         if best:
-            row["greedily %"] = percent(values(best[name])) if name in best else "-"
+            row["greedily %"] = percent(values(best[name]))
         for column, other in (("minus its source", source), *([("minus its twin", twin)] if twins else [])):
             row[column] = difference(right_of[name], right_of[other]) if other in right_of else "-"
         row["valid %"] = percent(values(runs[name], of=lambda row: row["valid"]))
@@ -450,12 +451,10 @@ def words_time_table(folder):
     judgements = read_object(folder / "timed/eval.json")["checkpoints"]
     rows = []
     for judgement in judgements:
-        name, seconds = (
-            (Path(judgement["checkpoint"]).name, judgement["mode"]),
-            judgement["seconds to answer"],
-        )
+        label = LABELS[Path(judgement["checkpoint"]).name, judgement["mode"]]
+        seconds = judgement["seconds to answer"]
         times = seconds / judgements[-1]["seconds to answer"]
-        rows.append({"checkpoint": ENGLISH[name][0], "s/answer": f"{seconds:.1f}", "times": f"{times:.2f}"})
+        rows.append({"checkpoint": label, "s/answer": f"{seconds:.1f}", "times": f"{times:.2f}"})
     return markdown(rows)
 
 

@@ -161,13 +161,12 @@ def args_of(**changes):
     return types.SimpleNamespace(**(settings | changes))
 
 
-def judged(tokenizer, text, length=0):
-    """A response to a question that 9 answers; its tokens are repeated up to `length`."""
+def judged(tokenizer, text, overlong_buffer=0):
+    """A response to a question that 9 answers; with a buffer its length is all that is allowed."""
     ids = tokenizer.encode(text)
     rollout = Rollout(ids, None, [False] * len(ids), [-0.5] * len(ids), "stop", len(ids), 0)
-    args = (
-        args_of(max_new_tokens=len(ids), overlong_buffer=length) if length else args_of(max_new_tokens=9999)
-    )
+    allowed = len(ids) if overlong_buffer else 9999
+    args = args_of(max_new_tokens=allowed, overlong_buffer=overlong_buffer or 40)
     return stage1_zero.judge(stage0.Problem("sums", "q", "9"), [5], rollout, tokenizer, args)
 
 
@@ -179,7 +178,7 @@ def test_the_reward_is_the_format_s_until_that_is_perfect_and_then_the_answer_s(
 
 
 def test_all_tokens_learn_and_what_is_overlong_earns_less_than_its_reward(plain_tokenizer):
-    short, long = judged(plain_tokenizer, GOOD), judged(plain_tokenizer, GOOD, length=20)
+    short, long = judged(plain_tokenizer, GOOD), judged(plain_tokenizer, GOOD, overlong_buffer=20)
     assert (short.penalty, long.penalty, long.reward) == (0.0, -1.0, 1.0)
     batch, loss = stage1_zero.objective([[short, long]], args_of())
     torch.testing.assert_close(batch.advantages, dapo_advantages([1.0, 0.0], [0, 0]))
