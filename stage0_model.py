@@ -2533,20 +2533,20 @@ def stand_in(p, parts, gradients, put_back):
 
 
 def dithered(exact, dtype):
-    """An fp32 tensor in a narrower type.  Of bf16 every entry has a threshold of its own, at random.
+    """An fp32 tensor in a narrower type; in bf16 every entry is rounded at a threshold of its own.
 
     bf16 is the upper half of fp32's bits.  Rounded to the nearest, a weight stays what it was until
-    its master has moved by half of the last bit that is left, 0.2 to 0.4 % of the weight: in 28 steps
-    at a rate of 2e-5 not one weight above 1/8 did (docs/log.md), and a policy that does not change
-    does not learn.  So a random number is added to the lower half before it is dropped, always the
-    same one for an entry: a bf16 number stays itself, a change by a tenth of a bit moves every tenth
-    weight by one bit, and together they move as far as the masters did.
+    its master has moved by half of the last bit that is left, 0.2 to 0.4 % of the weight: in 28
+    steps at a rate of 2e-5 no weight above 1/8 did (docs/log.md), and a policy that does not change
+    does not learn.  So a random number is added to the lower half before that is dropped, always
+    the same one for an entry: a bf16 number stays itself, a move by a tenth of a bit takes every
+    tenth weight one bit on, and together they go as far as their masters did.
     """
     if dtype != torch.bfloat16:
         return exact.to(dtype)
     rng = torch.Generator(exact.device).manual_seed(0)
-    lower = torch.randint(1 << 16, exact.shape, generator=rng, device=exact.device, dtype=torch.int32)
-    return ((exact.view(torch.int32) + lower) & -(1 << 16)).view(torch.float32).to(dtype)
+    bits = torch.randint(1 << 16, exact.shape, generator=rng, device=exact.device, dtype=torch.int32)
+    return bits.add_(exact.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).to(dtype)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 import subprocess
 import sys
@@ -268,9 +269,59 @@ def test_bf16_weights_are_stepped_in_fp32_and_small_steps_are_not_lost():
     for p, q in zip(model.parameters(), reference.parameters()):
         [master] = p.parts.values()
         torch.testing.assert_close(master, q, atol=1e-7, rtol=0)
-        assert torch.equal(p, q.to(torch.bfloat16))
+        assert torch.equal(p, stage0.dithered(master, torch.bfloat16))
     moved = sum((p != s).sum().item() for p, s in zip(model.parameters(), start))
     assert moved > 2 * small and moved > 0.05 * sum(p.numel() for p in model.parameters())
+
+
+def last_bit(w):
+    """What a bf16 number's last bit is worth: it keeps 7 bits below its leading one."""
+    return 2.0 ** (w.abs().log2().floor() - 7)
+
+
+def test_a_bf16_weight_stays_itself_as_long_as_its_master_does():
+    w = (torch.randn(300, 100) * 0.2).to(torch.bfloat16)
+    assert torch.equal(stage0.dithered(w.float(), torch.bfloat16), w)
+    odd = torch.tensor([0.0, -0.0, 1e-40, float("inf"), float("-inf")]).to(torch.bfloat16)
+    assert torch.equal(stage0.dithered(odd.float(), torch.bfloat16).view(torch.int16), odd.view(torch.int16))
+    assert stage0.dithered(torch.tensor([float("nan")]), torch.bfloat16).isnan().all()
+    exact = torch.randn(5)
+    assert stage0.dithered(exact, torch.float32) is exact
+    assert torch.equal(stage0.dithered(exact, torch.float16), exact.half())
+
+
+@pytest.mark.parametrize("bits", [0.01, 0.1, 0.5, 0.9, 1.7])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_bf16_weights_together_go_as_far_as_their_masters_by_however_little(bits, sign):
+    generator = torch.Generator().manual_seed(1)
+    w = (torch.randn(1000, 300, generator=generator) * 0.2).to(torch.bfloat16)
+    w = w[w.float().abs().frexp().mantissa.sub(0.75).abs() < 0.2]  # so that a bit is worth the same after
+    bit = last_bit(w.float())
+    moved = (stage0.dithered(w.float() + sign * bits * bit, torch.bfloat16).float() - w.float()) / bit
+    assert set(moved.unique().tolist()) <= {sign * math.floor(bits), sign * math.ceil(bits)}
+    assert abs(moved.mean().item() - sign * bits) < 0.005
+
+
+@pytest.mark.parametrize("R", [0, 4])
+def test_at_a_small_rate_bf16_weights_go_as_far_as_their_masters_or_adapters_say(R, tokenizer):
+    """In three steps no weight moves by half of its last bit: to the nearest, none would change."""
+    model = random_model(len(tokenizer)).to(torch.bfloat16)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.sign() * 0.1875
+    start = weight.detach().float()
+    if R:
+        stage0.add_adapters(model, tokenizer, R, 0)
+    optimizers = stage0.make_optimizers(model, 2e-5)
+    for step in range(3):
+        ids = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(step))
+        (-token_logprobs(model, ids)[0].mean()).backward()
+        stage0.update(model, optimizers)
+    parts = list(weight.parts.values())
+    exact = start + stage0.LORA_ALPHA / R * (parts[1] @ parts[0]) if R else parts[0]
+    assert torch.equal(exact.to(torch.bfloat16).float(), start) and not torch.equal(exact, start)
+    way = (exact - start).detach()
+    moved = weight.detach().float() - start
+    assert (moved * way.sign()).sum().item() == pytest.approx(way.abs().sum().item(), rel=0.25)
 
 
 def test_a_bf16_run_resumes_with_its_fp32_masters(tmp_path):
