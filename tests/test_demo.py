@@ -146,8 +146,6 @@ def test_a_model_that_is_too_large_to_ship_is_told(tmp_path, tokenizer, monkeypa
 
 @pytest.fixture(params=ship.STAGES)
 def stage(request):
-    if not SHIPPED.is_dir():
-        pytest.skip("assets/npr-tiny is not there: make ship")
     return SHIPPED / request.param
 
 
@@ -159,8 +157,6 @@ def test_a_shipped_checkpoint_is_small_and_nothing_but_one(stage):
 
 
 def test_the_built_in_question_is_answered_right_with_what_is_shipped(monkeypatch, capsys, tmp_path):
-    if not SHIPPED.is_dir():
-        pytest.skip("assets/npr-tiny is not there: make ship")
     monkeypatch.chdir(tmp_path)  # without a run of one's own
     monkeypatch.setattr(sys, "argv", ["engine.py", "--device", "cpu"])
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # no terminal

@@ -270,6 +270,7 @@ def test_bf16_weights_are_stepped_in_fp32_and_small_steps_are_not_lost():
         [master] = p.parts.values()
         torch.testing.assert_close(master, q, atol=1e-7, rtol=0)
         assert torch.equal(p, stage0.dithered(master, torch.bfloat16))
+        assert ((p.float() - q).abs() <= last_bit(q) + 1e-7).all()
     moved = sum((p != s).sum().item() for p, s in zip(model.parameters(), start))
     assert moved > 2 * small and moved > 0.05 * sum(p.numel() for p in model.parameters())
 
