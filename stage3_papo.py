@@ -208,7 +208,7 @@ ARGUMENTS = (
     ("--clip-updates",     natural_int,    0,            "ablation: so many PPO updates per batch, clipped, instead of one"),
     ("--count-forced",     bool,           False,        "ablation: forced tokens carry loss like sampled ones"),
     ("--micro-tokens",     natural_int,    0,            "padded tokens per forward pass; 0: 16,384 on a GPU, 2,048 on a CPU"),
-    ("--lora",             natural_int,    0,             "R: train adapters of that rank, at about ten times the rate; 0: all weights"),
+    ("--lora",             natural_int,    0,            "R: train adapters of that rank, at about ten times the rate; 0: all weights"),
     ("--recompute",        bool,           False,        "compute activations anew for backward: a third slower, far less memory"),
     ("--dtype",            DTYPES,         "auto",       "of the weights; auto: what config.json says"),
     ("--save-every",       positive_int,   10,           "steps between resume points, and between episode dumps"),
