@@ -446,6 +446,43 @@ def words_table(folder):
     return markdown(rows)
 
 
+def words_again_table(folder):
+    """Stage 3 in English, trained twice from one BETA, on two draws of held-out problems together.
+
+    folder: `words` and `dithered` in it are what the two runs, the second without a twin, have left;
+    in each, `compared` and `again` are the judgements of the two draws.
+    """
+
+    def both(run, name):
+        return {
+            p: rows for draw in ("compared", "again") for p, rows in judged(folder / run / draw)[name].items()
+        }
+
+    runs = {
+        LABELS[BETA]: [both("words", BETA)],
+        LABELS[SR]: [both("words", SR)],
+        f"{LABELS[NPR]}, rounded to the nearest": [both("words", NPR)],
+        f"{LABELS[NPR]}, `dithered`": [both("dithered", NPR)],
+    }
+    runs[f"{LABELS[NPR]}, mean of both"] = [run for label, [run] in runs.items() if LABELS[NPR] in label]
+    right_of = {label: over_seeds(each) for label, each in runs.items()}
+    rows = []
+    for label, each in runs.items():
+        flat = [row for run in each for answers in run.values() for row in answers]
+        row = {"checkpoint": label, "problems": len(right_of[label]), "right %": percent(right_of[label])}
+        for kind in WORD_KINDS:
+            row[f"{kind} %"] = percent(over_seeds(each, kind=kind))
+        row["right and sound %"] = percent(over_seeds(each, of=sound))
+        for column, other in (("minus BETA", BETA), ("minus SR", SR)):
+            same = label == LABELS[other]
+            row[column] = "-" if same else difference(right_of[label], right_of[LABELS[other]])
+        row["valid %"] = percent(over_seeds(each, of=lambda row: row["valid"]))
+        row["parallel %"] = "-" if label == LABELS[SR] else forked_percent(flat)
+        row["tokens/path"] = lengths(flat)["tokens/path"]
+        rows.append(row)
+    return markdown(rows)
+
+
 def words_time_table(folder):
     """Seconds until one greedy answer in English, alone, and how many times those of the last row."""
     judgements = read_object(folder / "timed/eval.json")["checkpoints"]
@@ -477,6 +514,7 @@ PAGES = {
         "path": (path_table, "evidence/path/eval.json"),
         "words": (lambda out: words_table(out / "gpu/words"), "gpu/words/compared/eval.json"),
         "words-cpu": (lambda out: words_table(out / "cpu/words"), "cpu/words/compared/eval.json"),
+        "words-cpu-again": (lambda out: words_again_table(out / "cpu"), "cpu/dithered/again/eval.json"),
         "words-cpu-time": (lambda out: words_time_table(out / "cpu/words"), "cpu/words/timed/eval.json"),
     },
 }

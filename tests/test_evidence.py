@@ -129,6 +129,33 @@ def test_in_english_each_stage_stands_beside_its_source_and_its_sequential_twin(
     assert cells(evidence.words_table(tmp_path), "stage 2")["greedily %"].startswith("100.0")
 
 
+def test_stage_3_in_english_run_twice_is_measured_on_both_draws_of_problems_together(tmp_path):
+    # right answers to p of the first draw and q of the second
+    for run, name, mode, rights in (
+        ("words", "stage3_seq", "format", (0, 1)),
+        ("words", "stage2", "parallel", (0, 0)),
+        ("words", "stage3", "parallel", (1, 1)),
+        ("dithered", "stage3", "parallel", (1, 0)),
+    ):
+        for draw, problem, right in zip(("compared", "again"), "pq", rights):
+            two = [row(problem, bool(right), kind="stories"), row(f"{problem}'", False, kind="shopping")]
+            keep(tmp_path / run / draw, f"{run}/{name}", mode, two)
+    table = evidence.words_again_table(tmp_path)
+    found = {
+        name: cells(table, f"stage 3, NPR, {name}") for name in ("rounded", "`dithered`", "mean of both")
+    }
+    assert {name: row["stories %"].split()[0] for name, row in found.items()} == {
+        "rounded": "100.0",
+        "`dithered`": "50.0",
+        "mean of both": "75.0",
+    }
+    # of four problems: 2, 1 and their mean; BETA has none of them, SR one
+    assert [row["minus BETA"].split()[0] for row in found.values()] == ["+50.0", "+25.0", "+37.5"]
+    assert [row["minus SR"].split()[0] for row in found.values()] == ["+25.0", "+0.0", "+12.5"]
+    assert cells(table, "SR")["minus SR"] == cells(table, "stage 2")["minus BETA"] == "-"
+    assert {line.split("|")[2].strip() for line in table.splitlines()[2:]} == {"4"}
+
+
 def test_seconds_to_an_answer_in_english_are_said_as_multiples_of_the_last(tmp_path):
     timed = [("w/stage3_seq", "format", 9.0), ("w/stage3", "parallel", 4.0)]
     heads = ("checkpoint", "mode", "seconds to answer")
