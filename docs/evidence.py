@@ -419,6 +419,18 @@ ENGLISH = {
 }
 
 
+def words_row(label, runs, between, parallel):
+    """A row of the English tables: means over runs on the same problems, the columns `between` amid them."""
+    flat = [row for run in runs for answers in run.values() for row in answers]
+    row = {"checkpoint": label, "problems": len(runs[0])}
+    for kind in (None, *WORD_KINDS):
+        row[f"{kind or 'right'} %"] = percent(over_seeds(runs, kind=kind))
+    row |= between
+    row["valid %"] = percent(over_seeds(runs, of=lambda row: row["valid"]))
+    row["parallel %"] = forked_percent(flat) if parallel else "-"
+    return row | lengths(flat)
+
+
 def words_table(folder):
     """A real model in English, sampled at temperature 1.
 
@@ -426,23 +438,16 @@ def words_table(folder):
     there where these were judged.
     """
     runs, best = (judged(folder / "compared", name) for name in ("heldout", "heldout-greedy"))
+    right_of = {name: values(run) for name, run in runs.items()}
     twins = any(twin in runs for _, twin in ENGLISH.values())
     rows = []
     for name, (source, twin) in ENGLISH.items():
         if name not in runs:
             continue
-        flat = [row for each in runs[name].values() for row in each]
-        right_of = {key: values(runs[key]) for key in (name, source, twin) if key in runs}
-        row = {"checkpoint": LABELS[name], "problems": len(flat)}
-        for kind in (None, *WORD_KINDS):
-            row[f"{kind or 'right'} %"] = percent(values(runs[name], kind=kind))
-        if best:
-            row["greedily %"] = percent(values(best[name]))
+        between = {"greedily %": percent(values(best[name]))} if best else {}
         for column, other in (("minus its source", source), *([("minus its twin", twin)] if twins else [])):
-            row[column] = difference(right_of[name], right_of[other]) if other in right_of else "-"
-        row["valid %"] = percent(values(runs[name], of=lambda row: row["valid"]))
-        row["parallel %"] = forked_percent(flat) if name[1] == "parallel" else "-"
-        rows.append(row | lengths(flat))
+            between[column] = difference(right_of[name], right_of[other]) if other in right_of else "-"
+        rows.append(words_row(LABELS[name], [runs[name]], between, name[1] == "parallel"))
     return markdown(rows)
 
 
@@ -452,34 +457,28 @@ def words_again_table(folder):
     folder: `words` and `dithered` in it are what the two runs, the second without a twin, have left;
     in each, `compared` and `again` are the judgements of the two draws.
     """
-
-    def both(run, name):
-        return {
-            p: rows for draw in ("compared", "again") for p, rows in judged(folder / run / draw)[name].items()
-        }
-
-    runs = {
-        LABELS[BETA]: [both("words", BETA)],
-        LABELS[SR]: [both("words", SR)],
-        f"{LABELS[NPR]}, rounded to the nearest": [both("words", NPR)],
-        f"{LABELS[NPR]}, `dithered`": [both("dithered", NPR)],
-    }
-    runs[f"{LABELS[NPR]}, mean of both"] = [run for label, [run] in runs.items() if LABELS[NPR] in label]
-    right_of = {label: over_seeds(each) for label, each in runs.items()}
+    first, second = (
+        {name: draws[0][name] | draws[1][name] for name in draws[1]}
+        for draws in (
+            [judged(folder / run / draw) for draw in ("compared", "again")] for run in ("words", "dithered")
+        )
+    )
+    beta, twin = values(first[BETA]), values(first[SR])
     rows = []
-    for label, each in runs.items():
-        flat = [row for run in each for answers in run.values() for row in answers]
-        row = {"checkpoint": label, "problems": len(right_of[label]), "right %": percent(right_of[label])}
-        for kind in WORD_KINDS:
-            row[f"{kind} %"] = percent(over_seeds(each, kind=kind))
-        row["right and sound %"] = percent(over_seeds(each, of=sound))
-        for column, other in (("minus BETA", BETA), ("minus SR", SR)):
-            same = label == LABELS[other]
-            row[column] = "-" if same else difference(right_of[label], right_of[LABELS[other]])
-        row["valid %"] = percent(over_seeds(each, of=lambda row: row["valid"]))
-        row["parallel %"] = "-" if label == LABELS[SR] else forked_percent(flat)
-        row["tokens/path"] = lengths(flat)["tokens/path"]
-        rows.append(row)
+    for label, runs, parallel in (
+        (LABELS[BETA], [first[BETA]], True),
+        (LABELS[SR], [first[SR]], False),
+        (f"{LABELS[NPR]}, rounded to the nearest", [first[NPR]], True),
+        (f"{LABELS[NPR]}, `dithered`", [second[NPR]], True),
+        (f"{LABELS[NPR]}, mean of both", [first[NPR], second[NPR]], True),
+    ):
+        right_of = over_seeds(runs)
+        between = {
+            "right and sound %": percent(over_seeds(runs, of=sound)),
+            "minus BETA": "-" if runs[0] is first[BETA] else difference(right_of, beta),
+            "minus SR": "-" if runs[0] is first[SR] else difference(right_of, twin),
+        }
+        rows.append(words_row(label, runs, between, parallel))
     return markdown(rows)
 
 
